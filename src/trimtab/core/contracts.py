@@ -1,0 +1,220 @@
+"""The contracts that a method fulfils. A method is one file: a frozen config, its adapter class, a docstring.
+
+A minimal method, complete (it then trains, merges, saves, routes and serves)::
+
+    @dataclass(frozen=True)
+    class Gain(tt.MethodConfig):
+        \"\"\"W' = diag(1 + g) W.\"\"\"
+
+    @tt.method(Gain, paper="example")
+    class GainAdapter(tt.Reparameterization):
+        def __init__(self, config, site, *, rng):
+            super().__init__(config, site)
+            self.g = self.zeros(site.out_features, 1)
+
+        def weight(self, W):
+            return W * (1 + self.g)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.core.errors import ShapeMismatch
+from trimtab.core.site import Operation, Site
+
+__all__ = ["ActivationAdapter", "Adapter", "MethodConfig", "Reparameterization", "Selection", "TokenAdapter"]
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """Base of all configs: a frozen dataclass with under ten fields; what a user writes as ``tt.LoRA(rank=8)``."""
+
+    adapter_class: ClassVar[type[Adapter]]
+
+    def require(self, ok: bool, message: str) -> None:
+        """Raise ``ShapeMismatch`` with the config in the message unless ``ok``; for ``__post_init__``."""
+        if not ok:
+            raise ShapeMismatch(f"{self}: {message}")
+
+    def require_rank(self, rank: Any) -> None:
+        """``rank`` must be an integer of at least 1."""
+        self.require(isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1,
+                     f"the rank must be an integer of at least 1, found {rank!r}")
+
+    def require_probability(self, name: str, p: float) -> None:
+        """``p`` must lie in [0, 1)."""
+        self.require(0 <= p < 1, f"{name} must be at least 0 and below 1, found {p!r}")
+
+
+class Adapter(nn.Module):
+    """A method's parameters at one place. Subclass one of the contracts below, not this class.
+
+    Class attributes:
+        targets: the place expression where the method acts if the user names none.
+        kinds: the kinds of site that the method can act on.
+        tensors: names of the parameters that it acts on; None means the module's matrix (or all, for selections).
+        needs_gradient: whether starting it needs dL/dW (``attach(..., loss=...)``).
+        identity_at_start: whether the adapted model equals the base before the first step.
+    """
+
+    targets: ClassVar[str] = "linear"
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv", "grouped", "embedding", "bare"})
+    tensors: ClassVar[tuple[str, ...] | None] = None
+    needs_gradient: ClassVar[bool] = False
+    identity_at_start: ClassVar[bool] = True
+
+    def __init__(self, config: MethodConfig, site: Site):
+        super().__init__()
+        self.config = config
+        self.site = site
+
+    @classmethod
+    def check(cls, config: MethodConfig, site: Site) -> None:
+        """Raise ``ShapeMismatch`` or ``Unsupported`` if ``config`` does not fit ``site``. Called before anything is built."""
+
+    @classmethod
+    def identity(cls, config: MethodConfig) -> bool:
+        """Whether this config promises to start at the base; override where an option decides it."""
+        return cls.identity_at_start
+
+    # -- making parameters: on the site's device, in its adapter dtype; random ones drawn on the CPU from ``rng``,
+    #    so that a seed gives the same start on every device
+
+    def parameter(self, value: Tensor) -> nn.Parameter:
+        """A trainable parameter with the given start value."""
+        return nn.Parameter(self._place(value))
+
+    def constant(self, value: Tensor) -> Tensor:
+        """A tensor for ``register_buffer``: the given value on the site's device and in the adapter dtype."""
+        return self._place(value)
+
+    def zeros(self, *shape: int) -> nn.Parameter:
+        """A parameter of zeros."""
+        return nn.Parameter(torch.zeros(shape, device=self.site.device, dtype=self.site.adapter_dtype))
+
+    def ones(self, *shape: int) -> nn.Parameter:
+        """A parameter of ones."""
+        return nn.Parameter(torch.ones(shape, device=self.site.device, dtype=self.site.adapter_dtype))
+
+    def uniform(self, *shape: int, bound: float, rng: torch.Generator) -> nn.Parameter:
+        """A parameter from U(-bound, bound)."""
+        return self.parameter(self.random(*shape, rng=rng).mul_(2 * bound).sub_(bound))
+
+    def kaiming(self, *shape: int, rng: torch.Generator) -> nn.Parameter:
+        """Kaiming-uniform with a = sqrt(5): U(-1/sqrt(fan_in), 1/sqrt(fan_in)), fan_in = the second axis."""
+        return self.uniform(*shape, bound=1 / math.sqrt(shape[1]), rng=rng)
+
+    def normal(self, *shape: int, std: float, rng: torch.Generator) -> nn.Parameter:
+        """A parameter from N(0, std^2)."""
+        if self.site.is_meta:
+            return self.zeros(*shape)
+        return self.parameter(torch.randn(shape, generator=rng) * std)
+
+    def random(self, *shape: int, rng: torch.Generator) -> Tensor:
+        """U(0, 1) numbers on the CPU (empty on the meta device)."""
+        if self.site.is_meta:
+            return torch.empty(shape, device="meta")
+        return torch.rand(shape, generator=rng)
+
+    def _place(self, value: Tensor) -> Tensor:
+        if self.site.is_meta:
+            return torch.empty(value.shape, device="meta", dtype=self.site.adapter_dtype)
+        return value.detach().to(device=self.site.device, dtype=self.site.adapter_dtype).clone()
+
+    def rebuild(self) -> None:
+        """Recreate non-persistent buffers from config and site; called after a load. Default: there are none."""
+
+    def extra_repr(self) -> str:
+        return f"{self.config}"
+
+
+class Reparameterization(Adapter):
+    """A new weight from the old: state ``weight``; add ``forward`` where something faster exists.
+
+    Law: ``forward(x, base)`` equals ``base.apply(x, self.weight(base.weight))`` in value and in every gradient.
+
+    Class attributes:
+        fast: the kinds of site whose ``forward`` the method overrides; elsewhere the derived form runs.
+        needs_weight: whether the fast forward reads ``base.weight`` (on a quantised base: dequantises it).
+        additive: whether ``weight(W) - W`` does not depend on W.
+    """
+
+    fast: ClassVar[frozenset[str]] = frozenset()
+    needs_weight: ClassVar[bool] = True
+    additive: ClassVar[bool] = True
+
+    def weight(self, W: Tensor) -> Tensor:
+        """The adapted matrix, ``(out, in) -> (out, in)``, differentiable in the parameters and in ``W``."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, base: Operation) -> Tensor:
+        """The adapted operation on ``x``. Default, for every kind: the dense weight."""
+        return base.apply(x, self.weight(base.weight))
+
+    def run(self, x: Tensor, base: Operation) -> Tensor:
+        """``forward`` where this kind of place has a fast one, else the derived form."""
+        if base.kind in self.fast:
+            return self.forward(x, base)
+        return base.apply(x, self.weight(base.weight))
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """``(B, A)`` with ``weight(W) - W == B @ A`` exactly, shapes (out, r) and (r, in), if the update is low-rank."""
+        return None
+
+
+class Selection(Reparameterization):
+    """Existing parameters, or slices of them, that learn: ``weight(W)`` is W with the slice replaced by own values.
+
+    The adapter holds a copy of what learns and substitutes it, so that the base itself is never written, all else stays
+    the same to the bit, and only the slice is stored. ``index`` is None (the whole tensor) or an index of rows.
+    """
+
+    additive = False
+    kinds = frozenset({"linear", "conv", "grouped", "embedding", "bare", "vector"})
+
+    def __init__(self, config: MethodConfig, site: Site):
+        super().__init__(config, site)
+        self.value = self.start()
+
+    def start(self) -> nn.Parameter:
+        """What learns, with its start value: the whole tensor unless a subclass says otherwise."""
+        return nn.Parameter(self._place(self.site.weight))
+
+    def weight(self, W: Tensor) -> Tensor:
+        return self.value
+
+
+class ActivationAdapter(Adapter):
+    """A small network at a place's output (series) or beside it (parallel).
+
+    ``forward(x, y)``: ``x`` is the place's first input, ``y`` its output (the first entry of a tuple); returns the new
+    ``y``. If the map is linear in y and acts on a matrix's output, state it as ``weight(W)`` too and set ``merges``.
+    """
+
+    kinds = frozenset({"module"})
+    merges: ClassVar[bool] = False
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """The new output of the place, same shape as ``y``."""
+        raise NotImplementedError
+
+
+class TokenAdapter(Adapter):
+    """Learned tokens at a block's input, taken out again at its output."""
+
+    targets = "block"
+    kinds = frozenset({"module"})
+
+    def insert(self, x: Tensor) -> Tensor:
+        """``(n, tokens, width) -> (n, tokens + p, width)``."""
+        raise NotImplementedError
+
+    def remove(self, y: Tensor) -> Tensor:
+        """``(n, tokens + p, width) -> (n, tokens, width)``."""
+        raise NotImplementedError

@@ -1,0 +1,77 @@
+"""LoRA: a low-rank update beside the frozen weight.
+
+``W' = W + (alpha / r) B A`` with ``A`` (r, in), ``B`` (out, r); ``A`` starts Kaiming-uniform (a = sqrt 5), ``B`` at
+zero, so training starts at the base. Source: arXiv 2106.09685, Eq. 3. Trainable: ``r (in + out)``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trimtab.core.contracts import MethodConfig, Reparameterization
+from trimtab.core.errors import ShapeMismatch
+from trimtab.core.registry import method
+from trimtab.core.site import Operation, Site
+from trimtab.kernels.lowrank import low_rank
+
+__all__ = ["LoRA", "LoRAAdapter"]
+
+
+@dataclass(frozen=True)
+class LoRA(MethodConfig):
+    """Low-rank update ``W + (alpha / rank) B A``; the safe first choice.
+
+    Args:
+        rank: r, at most ``min(in, out)``.
+        alpha: scale numerator; None means ``2 * rank``, a scale of 2.
+        dropout: probability of zeroing an entry of the adapter branch's input while training.
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.require_rank(self.rank)
+        self.require_probability("dropout", self.dropout)
+        self.require(self.alpha is None or self.alpha != 0, "alpha 0 would switch the adapter off")
+
+    @property
+    def scale(self) -> float:
+        """The factor in front of ``B A``."""
+        return (2 * self.rank if self.alpha is None else self.alpha) / self.rank
+
+
+@method(LoRA, paper="arXiv:2106.09685 Eq. 3", tests=({"rank": 2}, {"rank": 3, "alpha": 1.5}))
+class LoRAAdapter(Reparameterization):
+    """Factors ``a`` (r, in) and ``b`` (out, r)."""
+
+    fast = frozenset({"linear", "conv", "embedding"})
+    needs_weight = False
+
+    def __init__(self, config: LoRA, site: Site, *, rng: torch.Generator):
+        super().__init__(config, site)
+        out, fan_in = site.shape
+        self.a = self.uniform(config.rank, fan_in, bound=1 / math.sqrt(fan_in), rng=rng)
+        self.b = self.zeros(out, config.rank)
+
+    @classmethod
+    def check(cls, config: LoRA, site: Site) -> None:
+        if config.rank > min(site.shape[-2:]):
+            raise ShapeMismatch(
+                f"rank {config.rank} is larger than the matrix {tuple(site.shape[-2:])} of {site.name}; "
+                f"use at most {min(site.shape[-2:])}"
+            )
+
+    def weight(self, W: Tensor) -> Tensor:
+        return W + self.config.scale * (self.b @ self.a)
+
+    def forward(self, x: Tensor, base: Operation) -> Tensor:
+        return low_rank(x, base, self.a, self.b, scale=self.config.scale, dropout=self.config.dropout * self.training)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.config.scale * self.b, self.a
