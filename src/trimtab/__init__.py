@@ -1,0 +1,79 @@
+"""trimtab: plan, attach, train, search, shrink, merge, move, audit and serve the small part of a large frozen model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trimtab.core.activation import activate, disabled, effective_weight, named_parameters, parameters, routed, summary
+from trimtab.core.attach import attach, detach
+from trimtab.core.checkpoint import load, save
+from trimtab.core.contracts import ActivationAdapter, MethodConfig, Reparameterization, Selection, TokenAdapter
+from trimtab.core.errors import (
+    CheckpointMismatch,
+    GradientMismatch,
+    NoMatch,
+    NotMergeable,
+    ShapeMismatch,
+    TrimtabError,
+    Unsupported,
+)
+from trimtab.core.merging import merge, unmerge
+from trimtab.core.registry import get, method, names
+from trimtab.core.site import Operation, Site
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ActivationAdapter",
+    "CheckpointMismatch",
+    "GradientMismatch",
+    "MethodConfig",
+    "NoMatch",
+    "NotMergeable",
+    "Operation",
+    "Reparameterization",
+    "Selection",
+    "ShapeMismatch",
+    "Site",
+    "TokenAdapter",
+    "TrimtabError",
+    "Unsupported",
+    "activate",
+    "attach",
+    "detach",
+    "disabled",
+    "effective_weight",
+    "load",
+    "merge",
+    "method",
+    "methods",
+    "named_parameters",
+    "parameters",
+    "routed",
+    "save",
+    "summary",
+    "unmerge",
+]
+
+# verbs that need more than torch, safetensors and numpy; imported by their first use
+_VERBS = {
+    "methods": "trimtab.core.probe",
+    "plan": "trimtab.training.plan",
+    "train": "trimtab.training",
+    "evaluate": "trimtab.training",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Methods by their registered name, and the verbs, each imported by its first use."""
+    if name in _VERBS:
+        from importlib import import_module
+
+        return getattr(import_module(_VERBS[name]), name)
+    if name[:1].isupper() and name in names():
+        return get(name)
+    raise AttributeError(f"module 'trimtab' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *names(), *_VERBS})

@@ -1,0 +1,155 @@
+"""Which adapters act: activate, disabled, routed; and what an optimizer and a person get to see."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.core.errors import NoMatch, Unsupported, nearest
+from trimtab.core.host import adapted_chain
+from trimtab.core.routing import clear_routes, set_routes
+from trimtab.core.state import adapter_group, host, resolve_names, state_of, trainable_parameters, unwrap
+from trimtab.core.table import Table
+
+__all__ = ["activate", "disabled", "effective_weight", "named_parameters", "parameters", "routed", "summary"]
+
+
+def activate(model: nn.Module, *names: str) -> None:
+    """Let exactly these adapters act, composed in this order; none of them for ``activate(model)``.
+
+    O(places), whatever number of adapters is loaded; what is trainable does not change; nothing recompiles between
+    adapters of one shape. Not to be called while another thread runs the model: use ``routed`` to serve several at once.
+
+    Raises:
+        NoMatch: an unknown name.
+        Unsupported: a name twice, or a merged adapter would be left out (its update stands in the weights).
+    """
+    state = state_of(model)
+    groups = [adapter_group(state, name) for name in names]
+    if len(set(names)) != len(names):
+        raise Unsupported(f"tt.activate got an adapter twice: {', '.join(names)}")
+    left_out = [g.name for g in state.groups.values() if g.merged and g not in groups]
+    if left_out:
+        raise Unsupported(f"{left_out[0]!r} is merged into the base and cannot stop acting; tt.unmerge(model, {left_out[0]!r}) first")
+    state.active = tuple(names)
+    state.refresh()
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """The base alone inside the block; whatever acted before acts again afterwards.
+
+    Raises:
+        Unsupported: an adapter is merged.
+    """
+    state = state_of(model)
+    before = state.active
+    activate(model)
+    try:
+        yield
+    finally:
+        state.active = tuple(name for name in before if name in state.groups)
+        state.refresh()
+
+
+@contextmanager
+def routed(model: nn.Module, names: Sequence[str | Sequence[str] | None]) -> Iterator[None]:
+    """One adapter a row of the batch inside the block: ``names[i]`` for row i, None for the base alone.
+
+    Rows with adapters of one method and shape run as one batched operation whatever their number.
+
+    Args:
+        names: one entry a row; an entry may be a list of adapters composed in order.
+
+    Raises:
+        NoMatch: an unknown name.
+        Unsupported: an adapter that acts on something without rows (an expert bank), or a merged one.
+    """
+    state = state_of(model)
+    rows = [() if entry is None else (entry,) if isinstance(entry, str) else tuple(entry) for entry in names]
+    for name in {name for row in rows for name in row}:
+        adapter_group(state, name)
+    merged = [g.name for g in state.groups.values() if g.merged]
+    if merged:
+        raise Unsupported(f"{merged[0]!r} is merged into the base, so rows cannot choose; tt.unmerge it first")
+    set_routes(state, rows)
+    try:
+        yield
+    finally:
+        clear_routes(state)
+
+
+def named_parameters(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, nn.Parameter]]:
+    """``(path.slot.name, parameter)`` of the trainable parameters of one adapter, or of all."""
+    for group in resolve_names(state_of(model), name):
+        for adapter in group.adapters:
+            for key, parameter in adapter.named_parameters():
+                if parameter.requires_grad:
+                    yield f"{adapter.site.path}.{adapter.site.slot}.{key}", parameter
+
+
+def parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
+    """What an optimizer gets: the trainable parameters of the adapter ``name`` (None: of all adapters), each once."""
+    found: dict[int, nn.Parameter] = {}
+    for group in resolve_names(state_of(model), name):
+        found.update((id(p), p) for p in trainable_parameters(group))
+    return list(found.values())
+
+
+def effective_weight(model: nn.Module, path: str, name: str | Sequence[str] | None = None, *, tensor: str | None = None) -> Tensor:
+    """The adapted weight at ``path``, dense, ``(out, in)`` (a bank: ``(experts, out, in)``), detached.
+
+    Args:
+        path: dotted path of the module.
+        name: the adapter, or several composed in order; None for those that act.
+        tensor: the parameter, if the module's adapters act on several; None for its matrix.
+
+    Raises:
+        NoMatch: no such adapter, or none acts at ``path``.
+    """
+    state = state_of(model)
+    names = state.active if name is None else (name,) if isinstance(name, str) else tuple(name)
+    for each in names:
+        adapter_group(state, each)
+    if path not in state.hosts:
+        raise NoMatch(f"no adapter is attached at {path!r}{nearest(path, state.hosts)}")
+    here = host(state.hosts[path])
+    sites = {a.site.tensor for n in state.groups for a in here.adapters(n) if a.site.kind != "module"}
+    if tensor is None:
+        tensor = "weight" if "weight" in sites or len(sites) != 1 else next(iter(sites))
+    chains: dict[str, list] = {}
+    for each in names:
+        if state.groups[each].merged:
+            continue  # its update already stands in the base weight
+        for adapter in here.adapters(each):
+            if adapter.site.tensor == tensor:
+                chains.setdefault(adapter.site.slot, []).append(adapter)
+    some = next((a for n in state.groups for a in here.adapters(n) if a.site.tensor == tensor), None)
+    if some is None:
+        raise NoMatch(f"no adapter acts on the parameter {tensor!r} of {path!r}{nearest(tensor, sites)}")
+    with torch.no_grad():
+        return adapted_chain(some.site, list(chains.values())).detach()
+
+
+def summary(model: nn.Module) -> Table:
+    """One row an adapter: places, trainable and total parameters, bytes, whether it acts, learns, is merged."""
+    state = state_of(model)
+    root = unwrap(model)
+    adapters_total = {id(p) for g in state.groups.values() for a in g.adapters for p in a.parameters()}
+    base = sum(p.numel() for p in root.parameters() if id(p) not in adapters_total)
+    table = Table(
+        ("name", "methods", "places", "trainable", "parameters", "share %", "bytes", "active", "merged"),
+        title=f"{type(root).__name__}: {base:,} base parameters",
+    )
+    for group in state.groups.values():
+        values = {id(p): p for a in group.adapters for p in a.parameters()}.values()
+        count = sum(p.numel() for p in values)
+        table.add(
+            group.name, ", ".join(sorted({type(a.config).__name__ for a in group.adapters})), len(group.adapters),
+            sum(p.numel() for p in values if p.requires_grad), count, 100 * count / max(base, 1),
+            sum(p.numel() * p.element_size() for p in values), group.name in state.active, group.merged,
+        )
+    return table

@@ -1,0 +1,309 @@
+"""attach, its dry run, and detach."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.core import anatomy as anatomy_module
+from trimtab.core.bank import build_adapter
+from trimtab.core.calibrate import site_gradients
+from trimtab.core.contracts import Adapter, MethodConfig, Selection
+from trimtab.core.errors import NoMatch, ShapeMismatch, TrimtabError, Unsupported, raise_all
+from trimtab.core.guard import watch
+from trimtab.core.host import dismount, escape, mount
+from trimtab.core.kinds import sites_of
+from trimtab.core.selection import Place, select
+from trimtab.core.site import Cohort, Site
+from trimtab.core.state import Group, adapter_group, drop_state, host, state_of, unwrap
+from trimtab.core.table import Table
+
+__all__ = ["Assignment", "attach", "detach", "mount_group", "plan_sites"]
+
+Targets = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
+Assignment = tuple[MethodConfig, Site]
+
+
+def attach(
+    model: nn.Module,
+    method: MethodConfig,
+    *,
+    targets: Targets = None,
+    layers: Sequence[int] | None = None,
+    overrides: Mapping[str, MethodConfig] | None = None,
+    name: str = "default",
+    trainable: bool = True,
+    dtype: torch.dtype | None = None,
+    rng: torch.Generator | None = None,
+    loss: Callable[[nn.Module], Tensor] | None = None,
+    check_gradients: bool = True,
+    dry_run: bool = False,
+) -> Table:
+    """Attach ``method`` to ``model`` in place, and freeze everything else.
+
+    Attaching again under the same name extends that adapter by further places (a head beside LoRA, say).
+
+    Args:
+        model: any module.
+        method: a config such as ``tt.LoRA(rank=8)``.
+        targets: where to act: a role expression, regex, name, suffix, list of those, callable, or None for the
+            method's own default. Every clause must match.
+        layers: block indices to stay within.
+        overrides: clause -> config for some of the targeted places; every clause must match among them.
+        name: any text.
+        trainable: whether its parameters learn; nothing but this argument ever decides it.
+        dtype: dtype that stores the adapter; None means float32 (float64 on a float64 base).
+        rng: source of the random start; None draws a seed from torch's default generator.
+        loss: ``model -> scalar`` on sample data, for methods that start from a gradient (LoRAGA).
+        check_gradients: confirm at the first optimizer step that exactly the declared parameters got gradients.
+        dry_run: change nothing, return the table of what would happen.
+
+    Returns:
+        A table with a row a place: path, role, kind, shape, method, parameters, bytes.
+
+    Raises:
+        NoMatch, ShapeMismatch, Unsupported: all problems together; the model is then unchanged.
+    """
+    if not isinstance(method, MethodConfig):
+        raise Unsupported(f"tt.attach takes a method such as tt.LoRA(rank=8), found {method!r}")
+    root = unwrap(model)
+    assignments = plan_sites(root, method, targets=targets, layers=layers, overrides=overrides)
+    _prepare(assignments, dtype)
+    _check(root, assignments, name)
+    if dry_run:
+        return _table(name, [(site, config, build_adapter(config, _shapes_only(site), _generator(None))) for config, site in assignments])
+    _calibrate(root, assignments, loss)
+    generator = _generator(rng)
+    adapters = [build_adapter(config, site, generator) for config, site in assignments]
+    mount_group(root, name, adapters, trainable=trainable, check_gradients=check_gradients)
+    state = state_of(root)
+    if name not in state.active:
+        state.active = (*state.active, name)
+    state.refresh()
+    return _table(name, [(adapter.site, adapter.config, adapter) for adapter in adapters])
+
+
+def plan_sites(
+    root: nn.Module,
+    method: MethodConfig,
+    *,
+    targets: Targets = None,
+    layers: Sequence[int] | None = None,
+    overrides: Mapping[str, MethodConfig] | None = None,
+) -> list[Assignment]:
+    """Which config goes to which site, in model order.
+
+    Raises:
+        NoMatch: a clause of ``targets`` or ``overrides`` matches nothing.
+    """
+    anatomy = anatomy_module.of(root)
+    places = _select(root, method, targets, layers, anatomy)
+    configs = [method] * len(places)
+    problems: list[TrimtabError] = []
+    where = {(place.path, place.tensor, place.part): index for index, place in enumerate(places)}
+    for clause, config in (overrides or {}).items():
+        try:
+            chosen = _select(root, config, clause, layers, anatomy)
+        except TrimtabError as error:
+            problems.append(error)
+            continue
+        hits = [where[key] for place in chosen if (key := (place.path, place.tensor, place.part)) in where]
+        if not hits:
+            problems.append(NoMatch(
+                f"the override {clause!r} matches {len(chosen)} places, none of which is targeted by "
+                f"{targets or type(method).adapter_class.targets!r}; add it to targets, or attach it on its own"
+            ))
+        for index in hits:
+            configs[index] = config
+    width = _width(anatomy)
+    found: list[Assignment] = []
+    for config, place in zip(configs, places, strict=True):
+        try:
+            found += [(config, site) for site in sites_of(place, type(config).adapter_class, width=width)]
+        except TrimtabError as error:
+            problems.append(error)
+    raise_all(problems)
+    return _without_ties(found)
+
+
+def _select(root: nn.Module, method: MethodConfig, targets: Targets, layers: Sequence[int] | None, anatomy: Any) -> list[Place]:
+    cls = type(method).adapter_class
+    leaves: Callable[[nn.Module], bool] | None = None
+    containers = False
+    if cls.kinds == frozenset({"module"}) or (issubclass(cls, Selection) and cls.tensors is None):
+        leaves, containers = (lambda module: True), True
+    elif cls.tensors is not None:
+        names = cls.tensors
+        leaves = lambda module: any(module._parameters.get(tensor) is not None for tensor in names)  # noqa: E731
+    return select(root, targets, layers=layers, anatomy=anatomy, default=cls.targets, leaves=leaves, containers=containers)
+
+
+def _width(anatomy: Any) -> int | None:
+    return anatomy.block(0).width if anatomy.blocks else None
+
+
+def _without_ties(assignments: list[Assignment]) -> list[Assignment]:
+    """Refuse selections that reach one tied tensor by two names; a tied tensor is one site."""
+    seen: dict[int, Site] = {}
+    problems: list[TrimtabError] = []
+    for config, site in assignments:
+        if site.kind == "module" or site.rows is not None:
+            continue
+        other = seen.setdefault(id(site.parameter()), site)
+        if other is not site:
+            problems.append(Unsupported(
+                f"{site.name} and {other.name} are one tied tensor; target one of them for {type(config).__name__}"
+            ))
+    raise_all(problems)
+    return assignments
+
+
+def _prepare(assignments: list[Assignment], dtype: torch.dtype | None) -> None:
+    """Give sites their adapter dtype and cohort."""
+    cohorts: dict[MethodConfig, Cohort] = {}
+    for config, site in assignments:
+        site.adapter_dtype = dtype or (torch.float64 if site.dtype == torch.float64 else torch.float32)
+        site.cohort = cohorts.setdefault(config, Cohort())
+        site.cohort.sites.append(site)
+
+
+def _check(root: nn.Module, assignments: list[Assignment], name: str) -> None:
+    """Collect everything that does not fit, then raise once."""
+    problems: list[TrimtabError] = []
+    if not isinstance(name, str) or not name:
+        problems.append(Unsupported(f"an adapter's name is a non-empty text, found {name!r}"))
+    state = root.__dict__.get("_trimtab_state")
+    taken = {(a.site.path, a.site.slot) for a in state.groups[name].adapters} if state and name in state.groups else set()
+    if state and name in state.groups and state.groups[name].merged:
+        problems.append(Unsupported(f"the adapter {name!r} is merged; tt.unmerge it before extending it"))
+    for config, site in assignments:
+        if (site.path, site.slot) in taken:
+            problems.append(Unsupported(
+                f"the adapter {name!r} already acts on {site.name}; choose another name, or tt.detach it first"
+            ))
+            continue
+        try:
+            if site.kind == "module" or site.is_meta or not site.parameter().is_floating_point() or _finite(site):
+                type(config).adapter_class.check(config, site)
+            else:
+                problems.append(ShapeMismatch(
+                    f"the base weight {site.name} holds NaN or infinite values; repair or reload the base before attaching"
+                ))
+        except TrimtabError as error:
+            problems.append(error)
+    raise_all(problems)
+
+
+def _finite(site: Site) -> bool:
+    """Whether the base tensor is finite; one reduction, no temporary of its size."""
+    stored = site.parameter()
+    if type(stored) is not nn.Parameter:
+        return True
+    return bool(torch.isfinite(stored.detach().sum(dtype=torch.float64 if stored.device.type == "cpu" else torch.float32)))
+
+
+def _calibrate(root: nn.Module, assignments: list[Assignment], loss: Callable[[nn.Module], Tensor] | None) -> None:
+    """Measure dL/dW for the sites whose method starts from it."""
+    needing = [site for config, site in assignments if type(config).adapter_class.needs_gradient and not site.is_meta]
+    if not needing:
+        return
+    if loss is None:
+        raise Unsupported(
+            f"{type(assignments[0][0]).__name__} starts from a gradient; pass loss=lambda model: ..., "
+            "a function that runs the model on sample data and returns its scalar loss"
+        )
+    site_gradients(root, needing, loss)
+
+
+def _generator(rng: torch.Generator | None) -> torch.Generator:
+    return rng if rng is not None else torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+
+
+def _shapes_only(site: Site) -> Site:
+    from dataclasses import replace
+
+    return replace(site, device=torch.device("meta"))
+
+
+def mount_group(
+    root: nn.Module, name: str, adapters: list[Adapter], *, trainable: bool, check_gradients: bool = True
+) -> Group:
+    """Put built adapters beneath their modules under ``name`` and freeze the base. Used by attach and load."""
+    first = "_trimtab_state" not in root.__dict__
+    state = state_of(root, create=True)
+    if first:
+        state.thawed = _freeze(root)
+    group = state.groups.setdefault(name, Group(name, trainable=trainable, checked=not check_gradients))
+    for adapter in adapters:
+        adapter.site.gradient = None
+        adapter.train(adapter.site.module.training)
+        adapter.requires_grad_(trainable)
+        mount(adapter.site.module, name, adapter)
+        state.hosts[adapter.site.path] = adapter.site.module
+        group.adapters.append(adapter)
+    if trainable and check_gradients:
+        group.checked = False
+        watch(root)
+    return group
+
+
+def _freeze(root: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Freeze the base; returns what learnt before."""
+    thawed = []
+    for module in root.modules():
+        for tensor, value in module._parameters.items():
+            if value is not None and value.requires_grad:
+                value.requires_grad_(False)
+                thawed.append((module, tensor))
+    return thawed
+
+
+def detach(model: nn.Module, name: str) -> None:
+    """Take the adapter ``name`` off; with the last one the model is exactly as it was before the first attach.
+
+    Raises:
+        NoMatch: no such adapter.
+        Unsupported: it is merged (its update stands in the weights: unmerge first, or keep the merged weights with
+            ``tt.merge(model, name, permanent=True)``).
+    """
+    root = unwrap(model)
+    state = state_of(root)
+    group = adapter_group(state, name)
+    if group.merged:
+        raise Unsupported(f"the adapter {name!r} is merged into the base; tt.unmerge(model, {name!r}) before detaching it")
+    remove_group(root, name)
+
+
+def remove_group(root: nn.Module, name: str) -> None:
+    """Take a group off without looking at whether it is merged."""
+    state = state_of(root)
+    group = state.groups.pop(name)
+    state.active = tuple(other for other in state.active if other != name)
+    for path in {adapter.site.path for adapter in group.adapters}:
+        module = state.hosts[path]
+        if escape(name) in host(module)._modules:
+            dismount(module, name)
+        if "trimtab" not in module._modules:
+            del state.hosts[path]
+    state.refresh()
+    if not state.groups:
+        for module, tensor in state.thawed:
+            if module._parameters.get(tensor) is not None:
+                module._parameters[tensor].requires_grad_(True)
+        drop_state(root)
+
+
+def _table(name: str, rows: list[tuple[Site, MethodConfig, Adapter]]) -> Table:
+    table = Table(
+        ("path", "role", "kind", "shape", "method", "parameters", "bytes"), title=f"adapter {name!r}", sums=("parameters", "bytes")
+    )
+    for site, config, adapter in rows:
+        values = list(adapter.parameters())
+        table.add(
+            site.name, site.role or "", site.kind, "x".join(map(str, site.shape)), repr(config),
+            sum(v.numel() for v in values), sum(v.numel() * v.element_size() for v in values),
+        )
+    return table

@@ -1,0 +1,89 @@
+"""Expert banks: one adapter an expert, its parameters stacked, the dense definition mapped over them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from trimtab.core.contracts import Adapter, MethodConfig, Reparameterization, Selection
+from trimtab.core.site import Site
+
+__all__ = ["Bank", "build_adapter"]
+
+
+class _Weight(nn.Module):
+    """Calls an adapter's ``weight`` as a forward, so that ``functional_call`` can."""
+
+    def __init__(self, adapter: Reparameterization):
+        super().__init__()
+        self.adapter = adapter
+
+    def forward(self, W: Tensor) -> Tensor:
+        return self.adapter.weight(W)
+
+
+class Bank(Reparameterization):
+    """``weight(W)`` for W of shape (experts, out, in): expert e's matrix goes through expert e's own parameters.
+
+    Parameters and buffers carry the method's names and a leading axis of experts.
+    """
+
+    def __init__(self, config: MethodConfig, site: Site, *, rng: torch.Generator):
+        super().__init__(config, site)
+        cls = type(config).adapter_class
+        matrices = None if site.is_meta else site.weight
+        one = [_Expert(site, None if matrices is None else matrices[e], e) for e in range(site.shape[0])]
+        adapters = [cls(config, expert, rng=rng) for expert in one]
+        self.identity_at_start = cls.identity(config)
+        self.needs_gradient = False
+        for key, value in adapters[0].named_parameters():
+            stack = torch.stack([dict(a.named_parameters())[key].detach() for a in adapters])
+            self.register_parameter(key.replace(".", "__"), nn.Parameter(stack))
+        for key, value in adapters[0].named_buffers():
+            stack = torch.stack([dict(a.named_buffers())[key] for a in adapters])
+            self.register_buffer(key.replace(".", "__"), stack)
+        # the template holds shapes only; object.__setattr__ keeps it out of the module tree and of the state dict
+        template = cls(config, replace_meta(one[0]), rng=rng)
+        object.__setattr__(self, "_template", _Weight(template))
+
+    def weight(self, W: Tensor) -> Tensor:
+        self._template.train(self.training)
+        names = {f"adapter.{k.replace('__', '.')}": v for k, v in (*self.named_parameters(), *self.named_buffers())}
+        return torch.vmap(lambda tensors, w: functional_call(self._template, tensors, (w,)))(names, W)
+
+
+def replace_meta(site: Site) -> Site:
+    """The same site with shapes only."""
+    return replace(site, device=torch.device("meta"))
+
+
+class _Expert(Site):
+    """One expert's matrix of a bank, while its adapter is being built."""
+
+    kind = "bare"
+
+    def __init__(self, bank: Site, matrix: Tensor | None, index: int):
+        gradient = None if bank.gradient is None else bank.gradient[index]
+        super().__init__(
+            module=bank.module, path=f"{bank.path}[{index}]", tensor=bank.tensor, shape=bank.shape[1:], role=bank.role,
+            block=bank.block, device=bank.device, dtype=bank.dtype, adapter_dtype=bank.adapter_dtype,
+            cohort=bank.cohort, gradient=gradient,
+        )
+        self.matrix = matrix
+
+    @property
+    def weight(self) -> Tensor:
+        return self.matrix
+
+
+def build_adapter(config: MethodConfig, site: Site, rng: torch.Generator) -> Adapter:
+    """The adapter for one site; a bank of them where the site is a bank."""
+    cls = type(config).adapter_class
+    if site.kind == "bare" and len(site.shape) == 3 and not issubclass(cls, Selection):
+        return Bank(config, site, rng=rng)
+    if issubclass(cls, Selection):
+        return cls(config, site)
+    return cls(config, site, rng=rng)

@@ -1,0 +1,350 @@
+"""save and load: one safetensors file and a manifest, strict both ways, written so that no interruption loses anything."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from trimtab.core import fingerprint
+from trimtab.core.attach import mount_group
+from trimtab.core.bank import build_adapter
+from trimtab.core.contracts import Adapter
+from trimtab.core.errors import CheckpointMismatch, NoMatch, ShapeMismatch, TrimtabError, Unsupported, nearest, raise_all
+from trimtab.core.kinds import module_site, site_for
+from trimtab.core.registry import config_from_dict, config_to_dict
+from trimtab.core.selection import Place
+from trimtab.core.site import Cohort, Rows, Site
+from trimtab.core.state import adapter_group, state_of, tensors_of, unwrap
+
+__all__ = ["FORMATS", "load", "read_manifest", "save"]
+
+VERSION = 1
+MANIFEST = "manifest.json"
+#: other formats by name: an object with save(model, path, name), test(path) and load(model, path, ...); filled by trimtab.compat
+FORMATS: dict[str, Any] = {}
+
+
+def save(model: nn.Module, path: str | os.PathLike, *, name: str | None = None, format: str = "trimtab") -> Path:
+    """Write one adapter to the folder ``path``: ``manifest.json`` and one safetensors file; base weights never.
+
+    The tensors are written first, under a name that holds their hash, then the manifest replaces the old one in one
+    step; an interrupted save leaves the old adapter whole.
+
+    Args:
+        name: the adapter; may be left out if there is one.
+        format: ``"trimtab"``, or ``"peft"`` for a folder that huggingface/peft loads.
+
+    Raises:
+        NoMatch: no such adapter. Unsupported: unknown format, or a method the format cannot hold.
+        CheckpointMismatch: a tensor holds NaN or has no values.
+    """
+    root = unwrap(model)
+    state = state_of(root)
+    group = adapter_group(state, _only(list(state.groups), name))
+    if format != "trimtab":
+        return _format(format).save(root, Path(path), group.name)
+    tensors = tensors_of(group)
+    _refuse_bad(tensors)
+    unique, aliases = _without_copies(tensors)
+    manifest = {
+        "format": "trimtab",
+        "version": VERSION,
+        "name": group.name,
+        "places": [_place_entry(adapter) for adapter in group.adapters],
+        "tensors": {key: {"shape": list(v.shape), "dtype": str(v.dtype).removeprefix("torch.")} for key, v in tensors.items()},
+        "aliases": aliases,
+        "base": fingerprint.take(root, [adapter.site for adapter in group.adapters]),
+    }
+    return _write(Path(path), unique, manifest)
+
+
+def load(
+    model: nn.Module,
+    path: str | os.PathLike,
+    *,
+    name: str | None = None,
+    trainable: bool = False,
+    active: bool | None = None,
+    check_base: bool = True,
+) -> str:
+    """Attach the adapter saved in the folder ``path``; returns its name.
+
+    Strict: every stored tensor is used, every needed one is there, shapes agree, and the base's weights are those the
+    adapter was made for. Nothing is attached on error. Other adapters, and what is trainable, stay as they are.
+
+    Args:
+        name: its name on this model; None: the name it was saved with.
+        trainable: whether its parameters learn.
+        active: whether it acts; None: only if no other adapter is on the model.
+        check_base: compare a sample of the base's weights with the sample in the manifest.
+
+    Raises:
+        CheckpointMismatch: damaged or foreign files, or another base. ShapeMismatch: sizes differ. NoMatch: a place is
+        missing. Unsupported: the name is taken.
+    """
+    root = unwrap(model)
+    folder = Path(path)
+    for other in FORMATS.values():
+        if other.test(folder):
+            return other.load(root, folder, name=name, trainable=trainable, active=active)
+    manifest = read_manifest(folder)
+    tensors = _read_tensors(folder, manifest)
+    name = name or manifest["name"]
+    adapters = _rebuild(root, manifest)
+    if check_base:
+        fingerprint.compare(root, manifest["base"], str(folder))
+    return install(root, adapters, tensors, name=name, trainable=trainable, active=active, source=str(folder))
+
+
+def install(
+    root: nn.Module, adapters: list[Adapter], tensors: dict[str, Tensor], *, name: str, trainable: bool, active: bool | None, source: str
+) -> str:
+    """Fill adapters that have shapes only with stored tensors, then mount them. Used by every format's reader."""
+    state = state_of(root, create=False) if "_trimtab_state" in root.__dict__ else None
+    if state is not None and name in state.groups:
+        raise Unsupported(f"an adapter named {name!r} is attached already; load it with name=..., or tt.detach it first")
+    _fill(adapters, tensors, source)
+    mount_group(root, name, adapters, trainable=trainable)
+    state = state_of(root)
+    if active or (active is None and len(state.groups) == 1):
+        state.active = (*state.active, name)
+        state.refresh()
+    return name
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest in ``folder``.
+
+    Raises:
+        CheckpointMismatch: there is none, it is no JSON, or it is of a later version.
+    """
+    file = Path(folder) / MANIFEST
+    try:
+        manifest = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError:
+        inside = ", ".join(sorted(p.name for p in Path(folder).iterdir())) if Path(folder).is_dir() else "no such folder"
+        raise CheckpointMismatch(f"{folder} holds no trimtab adapter: there is no {MANIFEST} (found: {inside or 'nothing'})") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointMismatch(f"{file} is damaged: {error}") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != "trimtab":
+        raise CheckpointMismatch(f"{file} is not a trimtab manifest")
+    if not isinstance(manifest.get("version"), int) or manifest["version"] > VERSION:
+        raise CheckpointMismatch(f"{file} has version {manifest.get('version')!r}; this trimtab reads up to {VERSION}: upgrade it")
+    missing = [key for key in ("name", "places", "tensors", "aliases", "base", "file", "sha256", "seal") if key not in manifest]
+    if missing:
+        raise CheckpointMismatch(f"{file} is damaged: it lacks {', '.join(missing)}")
+    if manifest["seal"] != _seal(manifest):
+        raise CheckpointMismatch(f"{file} was changed after it was written: its seal does not fit its content")
+    return manifest
+
+
+def _only(names: list[str], name: str | None) -> str:
+    if name is not None:
+        return name
+    if len(names) != 1:
+        raise NoMatch(f"say which adapter to save with name=...; attached: {', '.join(map(repr, names))}")
+    return names[0]
+
+
+def _format(format: str) -> Any:
+    import trimtab.compat  # noqa: F401  fills FORMATS
+
+    if format not in FORMATS:
+        raise Unsupported(f"unknown format {format!r}{nearest(format, ['trimtab', *FORMATS])}")
+    return FORMATS[format]
+
+
+def _refuse_bad(tensors: dict[str, Tensor]) -> None:
+    problems: list[TrimtabError] = []
+    for key, value in tensors.items():
+        if value.is_meta or (value.numel() and value.untyped_storage().nbytes() == 0):
+            problems.append(CheckpointMismatch(f"{key} has no values (sharded or on the meta device); gather it before saving"))
+        elif value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            problems.append(CheckpointMismatch(f"{key} holds NaN or infinite values; the last good save is left as it is"))
+    raise_all(problems)
+
+
+def _without_copies(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors to store, and those equal to a stored one in storage, shape and stride: ``key -> stored key``."""
+    seen: dict[tuple, str] = {}
+    unique, aliases = {}, {}
+    for key, value in tensors.items():
+        mark = (value.untyped_storage().data_ptr(), value.storage_offset(), value.shape, value.stride(), value.dtype)
+        if value.numel() and mark in seen:
+            aliases[key] = seen[mark]
+        else:
+            seen[mark] = key
+            # a view of a larger storage is stored on its own
+            unique[key] = value.detach().to("cpu").contiguous().clone()
+    return unique, aliases
+
+
+def _place_entry(adapter: Adapter) -> dict[str, Any]:
+    site = adapter.site
+    entry: dict[str, Any] = {"path": site.path, "tensor": site.tensor, "kind": site.kind, "shape": list(site.shape)}
+    if site.part is not None:
+        rows = site.rows
+        entry |= {"part": site.part, "rows": [rows.start, rows.size, rows.blocks, rows.stride]}
+    scale = getattr(adapter.config, "scale", None)
+    if scale is not None:
+        entry["scale"] = scale
+    return entry | {"role": site.role, "block": site.block, "method": config_to_dict(adapter.config)}
+
+
+def _write(folder: Path, tensors: dict[str, Tensor], manifest: dict[str, Any]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / f".adapter.{os.getpid()}.part"
+    save_file(tensors, part, metadata={"format": "pt", "writer": "trimtab"})
+    digest = _hash(part)
+    _sync(part)
+    final = folder / f"adapter-{digest[:12]}.safetensors"
+    os.replace(part, final)
+    manifest = manifest | {"file": final.name, "sha256": digest}
+    text = json.dumps(manifest | {"seal": _seal(manifest)}, indent=1, sort_keys=True) + "\n"
+    draft = folder / f".{MANIFEST}.{os.getpid()}.part"
+    draft.write_text(text, "utf-8")
+    _sync(draft)
+    os.replace(draft, folder / MANIFEST)
+    for stale in folder.glob("adapter-*.safetensors"):
+        if stale.name != final.name:
+            stale.unlink()
+    return folder
+
+
+def _seal(manifest: dict[str, Any]) -> str:
+    """SHA-256 of the manifest's content, so that an edited hyperparameter is noticed."""
+    content = {key: value for key, value in manifest.items() if key != "seal"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _sync(file: Path) -> None:
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _hash(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _read_tensors(folder: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
+    file = folder / manifest["file"]
+    if not file.is_file():
+        raise CheckpointMismatch(f"{folder} is damaged: its manifest names {manifest['file']}, which is not there")
+    if _hash(file) != manifest["sha256"]:
+        raise CheckpointMismatch(f"{file} is damaged or was changed: its SHA-256 is not the manifest's; restore it from a copy")
+    try:
+        tensors = load_file(file)
+    except SafetensorError as error:
+        raise CheckpointMismatch(f"{file} is no readable safetensors file: {error}") from None
+    for key, source in manifest["aliases"].items():
+        if source not in tensors:
+            raise CheckpointMismatch(f"{file} is damaged: {key} is stored as {source}, which is not in it")
+        tensors[key] = tensors[source]
+    return tensors
+
+
+def _rebuild(root: nn.Module, manifest: dict[str, Any]) -> list[Adapter]:
+    """Adapters with shapes only, for every place in the manifest."""
+    modules = dict(root.named_modules())
+    cohorts: dict[str, Cohort] = {}
+    problems: list[TrimtabError] = []
+    adapters = []
+    rng = torch.Generator()
+    for entry in manifest["places"]:
+        try:
+            site = _site(modules, entry)
+            site.cohort = cohorts.setdefault(json.dumps(entry["method"], sort_keys=True), Cohort())
+            adapters.append((site, config_from_dict(entry["method"])))
+            site.cohort.sites.append(site)
+        except TrimtabError as error:
+            problems.append(error)
+    raise_all(problems)
+    return [shapes_only(config, site, rng) for site, config in adapters]
+
+
+def shapes_only(config: Any, site: Site, rng: torch.Generator) -> Adapter:
+    """The adapter without values, its site the real one; ``install`` fills it."""
+    from dataclasses import replace
+
+    adapter = build_adapter(config, replace(site, device=torch.device("meta")), rng)
+    adapter.site = site
+    return adapter
+
+
+def _site(modules: dict[str, nn.Module], entry: dict[str, Any]) -> Site:
+    path, tensor = entry["path"], entry["tensor"]
+    if path not in modules:
+        raise NoMatch(f"the adapter acts on {path}, which this model does not have{nearest(path, modules)}")
+    rows = Rows(*entry["rows"]) if "rows" in entry else None
+    place = Place(
+        path=path, module=modules[path], tensor=tensor or None, part=entry.get("part"), rows=rows,
+        role=entry.get("role"), block=entry.get("block"),
+    )
+    if not tensor:
+        site = module_site(place, entry["shape"][-1])
+    elif modules[path]._parameters.get(tensor) is None:
+        raise NoMatch(f"the adapter acts on the parameter {tensor!r} of {path}, which this model does not have")
+    else:
+        site = site_for(place, tensor)
+    if list(site.shape) != entry["shape"]:
+        raise ShapeMismatch(
+            f"{site.name} is {'x'.join(map(str, site.shape))} in this model; the adapter was made for "
+            f"{'x'.join(map(str, entry['shape']))}"
+        )
+    return site
+
+
+def _fill(adapters: list[Adapter], tensors: dict[str, Tensor], source: str) -> None:
+    """Move stored tensors into the adapters.
+
+    Raises:
+        CheckpointMismatch: missing or unused tensors, as a list. ShapeMismatch: sizes differ.
+    """
+    problems: list[TrimtabError] = []
+    used: set[str] = set()
+    shared: dict[int, Tensor] = {}
+    for adapter in adapters:
+        prefix = f"{adapter.site.path}.{adapter.site.slot}."
+        values = {}
+        for key, wanted in adapter.state_dict().items():
+            found = tensors.get(prefix + key)
+            used.add(prefix + key)
+            if found is None:
+                problems.append(CheckpointMismatch(f"{source} lacks {prefix + key}"))
+            elif found.shape != wanted.shape:
+                problems.append(ShapeMismatch(f"{prefix + key} is {tuple(found.shape)} in {source}, {tuple(wanted.shape)} is needed"))
+            else:
+                # one storage stays one storage
+                values[key] = shared.setdefault(id(found), found.to(adapter.site.device))
+        if not problems:
+            adapter.load_state_dict(values, strict=True, assign=True)
+            adapter.rebuild()
+    unused = sorted(set(tensors) - used)
+    if unused:
+        problems.append(CheckpointMismatch(
+            f"{source} has {len(unused)} tensors that no place uses: {', '.join(unused[:3])}{', ...' if len(unused) > 3 else ''}"
+        ))
+    raise_all(problems)
+
+
+def inspect(path: str | os.PathLike) -> dict[str, Any]:
+    """The manifest, after checking the tensors' file against it; needs no model."""
+    manifest = read_manifest(Path(path))
+    tensors = _read_tensors(Path(path), manifest)
+    stored: Sequence[str] = sorted(tensors)
+    if stored != sorted(manifest["tensors"]):
+        raise CheckpointMismatch(f"{path} is damaged: its tensors are not those that the manifest lists")
+    return manifest

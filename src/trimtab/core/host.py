@@ -1,0 +1,266 @@
+"""The child module ``trimtab`` beneath an adapted module, and the cached subclass that runs it.
+
+A place keeps its module: its class is swapped for a subclass whose ``forward`` asks the host, and whose substituted
+parameters are properties (``module.bias`` then reads the adapted bias wherever it is read from, while ``_parameters`` and
+the state dict keep the base's own tensor).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.core.contracts import ActivationAdapter, Adapter, TokenAdapter
+from trimtab.core.kinds import PartOperation, Through
+from trimtab.core.site import Operation, Site, dense
+
+__all__ = ["Host", "Slots", "adapted_chain", "adapted_class", "dismount", "escape", "mount", "unescape"]
+
+CHILD = "trimtab"
+_CLASSES: dict[tuple[type, frozenset[str]], type] = {}
+
+
+def escape(name: str) -> str:
+    """An adapter name as a module name: state-dict keys use dots, so ``.`` becomes ``%2E``."""
+    return name.replace("%", "%25").replace(".", "%2E")
+
+
+def unescape(name: str) -> str:
+    """Inverse of ``escape``."""
+    return name.replace("%2E", ".").replace("%25", "%")
+
+
+class Slots(nn.Module):
+    """One adapter's parameters at one module, a child a slot (``weight``, ``bias``, ``weight_q``)."""
+
+
+class Host(nn.Module):
+    """All adapters at one module: a child an adapter name, and plain lists of those that act now.
+
+    The lists are rewritten by ``refresh`` alone. A compiled graph guards on their structure and not on the names, so
+    switching between adapters of one shape recompiles nothing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.whole: list[Adapter] = []
+        self.parts: list[list[Adapter]] = []
+        self.tensors: dict[str, list[list[Adapter]]] = {}
+        self.outputs: list[ActivationAdapter] = []
+        self.tokens: list[TokenAdapter] = []
+        self.route: Any = None
+
+    def adapters(self, name: str) -> list[Adapter]:
+        """The adapters called ``name`` at this module."""
+        slots = self._modules.get(escape(name))
+        return [] if slots is None else list(slots._modules.values())
+
+    def put(self, name: str, slot: str, adapter: Adapter) -> None:
+        """Add an adapter under ``name`` (the module tables are written directly: any name is allowed, "forward" too)."""
+        self._modules.setdefault(escape(name), Slots())._modules[slot] = adapter
+
+    def refresh(self, active: tuple[str, ...]) -> None:
+        """Recompute what acts: O(adapters that act here)."""
+        self.whole, self.outputs, self.tokens = [], [], []
+        parts: dict[str, list[Adapter]] = {}
+        tensors: dict[str, dict[str, list[Adapter]]] = {}
+        for name in active:
+            for adapter in self.adapters(name):
+                site = adapter.site
+                if isinstance(adapter, TokenAdapter):
+                    self.tokens.append(adapter)
+                elif isinstance(adapter, ActivationAdapter):
+                    self.outputs.append(adapter)
+                elif site.substitutes:
+                    tensors.setdefault(site.tensor, {}).setdefault(site.slot, []).append(adapter)
+                elif site.part is not None:
+                    parts.setdefault(site.part, []).append(adapter)
+                else:
+                    self.whole.append(adapter)
+        self.parts = list(parts.values())
+        self.tensors = {tensor: list(chains.values()) for tensor, chains in tensors.items()}
+
+    def run(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        """The adapted forward of ``module``."""
+        base = module._trimtab_base.forward
+        if self.route is not None:
+            return self.route.run(self, module, args, kwargs)
+        if not (self.whole or self.parts or self.outputs or self.tokens):
+            return base(module, *args, **kwargs)
+        for token in self.tokens:
+            args, kwargs = _replace_first(args, kwargs, token.insert)
+        x = args[0] if args else next(iter(kwargs.values()))
+        y = self.contract(x) if self.whole or self.parts else base(module, *args, **kwargs)
+        for token in reversed(self.tokens):
+            y = _replace_output(y, token.remove)
+        for output in self.outputs:
+            y = _replace_output(y, lambda first, output=output: output(x, first))
+        return y
+
+    def contract(self, x: Tensor) -> Tensor:
+        """The module's matrix operation with the acting adapters in order: ``W' = a_n(... a_1(W))``."""
+        op: Operation = self.whole[0].site if self.whole else _whole_site(self.parts[0][0])
+        for adapter in self.whole:
+            op = Through(adapter, op)
+        y = op(x)
+        for chain in self.parts:
+            site = chain[0].site
+            part: Operation = PartOperation(site, op, x, y)
+            for adapter in chain:
+                part = Through(adapter, part)
+            y = site.rows.put(y, -1, part(x))
+        return y
+
+    def substitute(self, module: nn.Module, tensor: str) -> Tensor:
+        """The value that ``module`` reads for its parameter ``tensor``, in the base's layout and dtype."""
+        stored = module._parameters[tensor]
+        chains = self.tensors.get(tensor)
+        if not chains:
+            return stored
+        value = stored
+        for chain in chains:
+            value = _adapted(chain, value)
+        return value.to(stored.dtype)
+
+
+def _whole_site(adapter: Adapter) -> Operation:
+    """The site of the fused matrix that ``adapter``'s part belongs to."""
+    from dataclasses import replace
+
+    site = adapter.site
+    return replace(site, part=None, rows=None, shape=(site.module.weight.shape[0], site.in_features))
+
+
+def _adapted(chain: list[Adapter], stored: Tensor) -> Tensor:
+    """One chain of adapters on a parameter's value; both in the parameter's own layout."""
+    site = chain[0].site
+    if site.kind == "vector":
+        return _through(chain, stored)
+    return site._unmatrix(_on_matrix(chain, site._matrix(stored)))
+
+
+def _on_matrix(chain: list[Adapter], whole: Tensor) -> Tensor:
+    """One chain on the whole matrix ``(out, in)``, of which it may act on some rows."""
+    rows = chain[0].site.rows
+    if rows is None:
+        return _through(chain, whole)
+    return rows.put(whole, -2, _through(chain, rows.take(whole, -2)))
+
+
+def _through(chain: list[Adapter], value: Tensor) -> Tensor:
+    for adapter in chain:
+        value = adapter.weight(value)
+    return value
+
+
+def adapted_chain(site: Site, chains: list[list[Adapter]], *, dtype: torch.dtype | None = None) -> Tensor:
+    """The whole matrix (or vector) behind ``site`` after the chains, dense, whole-tensor chains first.
+
+    Args:
+        dtype: compute in this dtype; None: the base's.
+    """
+    value = dense(site.parameter())
+    if site.kind != "vector":
+        value = site._matrix(value)
+    value = value if dtype is None else value.to(dtype)
+    for chain in sorted(chains, key=lambda chain: chain[0].site.part is not None):
+        value = _through(chain, value) if site.kind == "vector" else _on_matrix(chain, value)
+    return value
+
+
+def _replace_first(args: tuple, kwargs: dict, change: Callable[[Tensor], Tensor]) -> tuple[tuple, dict]:
+    """The call's arguments with its first input changed."""
+    if args:
+        return (change(args[0]), *args[1:]), kwargs
+    key = next(iter(kwargs))
+    return args, {**kwargs, key: change(kwargs[key])}
+
+
+def _replace_output(y: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A module's output with its first tensor changed: a tensor, a tuple, or a model output with named fields."""
+    if isinstance(y, Tensor):
+        return change(y)
+    if isinstance(y, tuple):
+        rest = (change(y[0]), *y[1:])
+        return type(y)(*rest) if hasattr(y, "_fields") else rest
+    key = next(iter(y.keys()))
+    y[key] = change(y[key])
+    return y
+
+
+def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return self._modules[CHILD].run(self, args, kwargs)
+
+
+def _property(tensor: str) -> property:
+    def read(self: nn.Module) -> Tensor:
+        return self._modules[CHILD].substitute(self, tensor)
+
+    return property(read)
+
+
+def _reduce_ex(self: nn.Module, protocol: int) -> tuple:
+    """Pickle and deepcopy by the base class, since the subclass is made at run time."""
+    cls = type(self)
+    return _revive, (cls._trimtab_base, cls._trimtab_tensors), self.__dict__.copy()
+
+
+def _revive(base: type, tensors: frozenset[str]) -> nn.Module:
+    cls = adapted_class(base, tensors)
+    return cls.__new__(cls)
+
+
+def adapted_class(base: type, tensors: frozenset[str]) -> type:
+    """The subclass of ``base`` that runs a host; cached, so that equal places have equal classes."""
+    key = (base, tensors)
+    if key not in _CLASSES:
+        body: dict[str, Any] = {
+            "__module__": base.__module__,
+            "__qualname__": base.__qualname__,
+            "__doc__": base.__doc__,
+            "_trimtab_base": base,
+            "_trimtab_tensors": tensors,
+            "forward": _forward,
+            "__reduce_ex__": _reduce_ex,
+        }
+        body.update({tensor: _property(tensor) for tensor in tensors})
+        _CLASSES[key] = type(base.__name__, (base,), body)
+    return _CLASSES[key]
+
+
+def mount(module: nn.Module, name: str, adapter: Adapter) -> Host:
+    """Put ``adapter`` beneath ``module``; the module's class becomes (or stays) an adapted one."""
+    base = getattr(type(module), "_trimtab_base", type(module))
+    tensors = getattr(type(module), "_trimtab_tensors", frozenset())
+    if adapter.site.substitutes:
+        tensors = tensors | {adapter.site.tensor}
+    host = module._modules.get(CHILD)
+    if host is None:
+        host = Host()
+        host.training = module.training
+        module._modules[CHILD] = host
+    module.__class__ = adapted_class(base, tensors)
+    _rebind_saved_forward(module)
+    host.put(name, adapter.site.slot, adapter)
+    return host
+
+
+def dismount(module: nn.Module, name: str) -> None:
+    """Take everything called ``name`` from beneath ``module``; the last one gives the module its own class back."""
+    host = module._modules[CHILD]
+    host._modules.pop(escape(name), None)
+    if not host._modules:
+        del module._modules[CHILD]
+        module.__class__ = type(module)._trimtab_base
+        _rebind_saved_forward(module)
+
+
+def _rebind_saved_forward(module: nn.Module) -> None:
+    """accelerate's hooks keep the bound forward of the class they met; point it at the present class's."""
+    if "_old_forward" in module.__dict__:
+        module._old_forward = type(module).forward.__get__(module)
+
+

@@ -1,0 +1,350 @@
+"""The kinds of site, one class each, and how a module declares its own (``sites_of``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trimtab.core.errors import Unsupported
+from trimtab.core.site import Operation, Rows, Site, base_class, dense, is_quantised, linear
+
+if TYPE_CHECKING:
+    from trimtab.core.contracts import Adapter
+    from trimtab.core.selection import Place
+
+__all__ = ["PartOperation", "Through", "linear_forward_kind", "site_for", "sites_of"]
+
+_CONV_DIMS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+
+
+class _Matrix(Site):
+    """What the kinds with a matrix share."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return base_class(self.module).forward(self.module, x)
+
+    @property
+    def weight(self) -> Tensor:
+        W = self._matrix(dense(self.parameter()))
+        return W if self.rows is None else self.rows.take(W, -2)
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias = getattr(self.module, "bias", None)
+        return bias if bias is None or self.rows is None else self.rows.take(bias, 0)
+
+    def write(self, weight: Tensor) -> Tensor:
+        stored = dense(self.parameter())
+        if self.rows is not None:
+            weight = self.rows.put(self._matrix(stored).to(weight.dtype), -2, weight)
+        return self._unmatrix(weight).reshape(stored.shape)
+
+    def _matrix(self, stored: Tensor) -> Tensor:
+        """Stored layout -> ``(out, in)``, a view."""
+        return stored
+
+    def _unmatrix(self, weight: Tensor) -> Tensor:
+        """``(out, in)`` -> stored layout."""
+        return weight
+
+
+class LinearSite(_Matrix):
+    """A Linear, quantised or not, or transformers' Conv1D, whose weight is stored transposed."""
+
+    kind = "linear"
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the stored weight is ``(in, out)``."""
+        return hasattr(self.module, "nf") and not isinstance(self.module, nn.Linear)
+
+    @property
+    def dense(self) -> Tensor | None:  # type: ignore[override]
+        stored = self.parameter()
+        # an exact type test: tensor subclasses (quantised, sharded) go through the module's own forward
+        if self.rows is not None or type(stored) is not nn.Parameter or not stored.is_floating_point():
+            return None
+        return stored.t() if self.transposed else stored
+
+    def _matrix(self, stored: Tensor) -> Tensor:
+        return stored.t() if self.transposed else stored
+
+    _unmatrix = _matrix
+
+    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
+        return linear(x, weight, self.bias)
+
+    def matmul(self, x: Tensor) -> Tensor:
+        W = self.dense
+        return super().matmul(x) if W is None else linear(x, W, None)
+
+    def project(self, x: Tensor, a: Tensor) -> Tensor:
+        return linear(x, a, None)
+
+    def emit(self, u: Tensor) -> Tensor:
+        return u
+
+
+class ConvSite(_Matrix):
+    """A convolution of one group; its matrix is ``(out, in_channels * kernel)``."""
+
+    kind = "conv"
+
+    def _matrix(self, stored: Tensor) -> Tensor:
+        return stored.reshape(stored.shape[0], -1)
+
+    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
+        stored = self.parameter()
+        bias = self.bias
+        kernel = weight.reshape(stored.shape).to(x.dtype)
+        return self.module._conv_forward(x, kernel, None if bias is None else bias.to(x.dtype))
+
+    def project(self, x: Tensor, a: Tensor) -> Tensor:
+        u = self.module._conv_forward(x, a.to(x.dtype).reshape(a.shape[0], *self.parameter().shape[1:]), None)
+        return u.movedim(self._channel_axis(u), -1)
+
+    def emit(self, u: Tensor) -> Tensor:
+        return u.movedim(-1, self._channel_axis(u))
+
+    def _channel_axis(self, u: Tensor) -> int:
+        spatial = len(self.module.kernel_size)
+        return u.dim() - 1 - spatial  # 1 for a batch, 0 for a single sample
+
+
+class GroupedConvSite(ConvSite):
+    """A convolution of several groups: a row of the matrix sees its own group's channels, so only the weight form holds."""
+
+    kind = "grouped"
+
+
+class EmbeddingSite(_Matrix):
+    """An Embedding: a one-hot input times the transposed table, matrix ``(dim, entries)``."""
+
+    kind = "embedding"
+    bias = None  # type: ignore[assignment]
+
+    def _matrix(self, stored: Tensor) -> Tensor:
+        return stored.t()
+
+    _unmatrix = _matrix
+
+    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
+        m = self.module
+        table = weight.t().to(self.dtype)
+        return F.embedding(x, table, m.padding_idx, m.max_norm, m.norm_type, m.scale_grad_by_freq, m.sparse)
+
+    def project(self, x: Tensor, a: Tensor) -> Tensor:
+        return F.embedding(x, a.t().to(self.dtype), self.module.padding_idx)
+
+    def emit(self, u: Tensor) -> Tensor:
+        return u
+
+
+class BareSite(_Matrix):
+    """Any parameter with two or more axes that its module reads by itself: packed in_proj, expert banks (experts, out, in)."""
+
+    kind = "bare"
+    substitutes = True
+    bias = None  # type: ignore[assignment]
+    #: whether the bank is stored (experts, in, out)
+    transposed = False
+
+    def _matrix(self, stored: Tensor) -> Tensor:
+        return stored.transpose(-1, -2) if self.transposed else stored
+
+    _unmatrix = _matrix
+
+
+class TransposedBareSite(BareSite):
+    """A bare parameter that is stored with its input axis first: ``(experts, in, out)``."""
+
+    transposed = True
+
+
+class VectorSite(Site):
+    """A parameter without a contraction: a bias, a norm's weight, a position table."""
+
+    kind = "vector"
+    substitutes = True
+
+    @property
+    def weight(self) -> Tensor:
+        return dense(self.parameter())
+
+    def write(self, weight: Tensor) -> Tensor:
+        return weight
+
+
+class ModuleSite(Site):
+    """A whole module, for adapters on activations and tokens; ``shape`` is ``(out, in)`` of its activations."""
+
+    kind = "module"
+
+
+class PartOperation(Operation):
+    """Rows of a fused Linear while it runs: its output is computed once and shared by the parts."""
+
+    kind = "linear"
+
+    def __init__(self, site: Site, whole: Operation, x: Tensor, y: Tensor):
+        self.site, self.whole, self.x, self.y = site, whole, x, y
+        self.out_features, self.in_features = site.out_features, site.in_features
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.site.rows.take(self.y if x is self.x else self.whole(x), -1)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.site.rows.take(self.whole.weight, 0)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.site.bias
+
+    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
+        return linear(x, weight, self.bias)
+
+    def project(self, x: Tensor, a: Tensor) -> Tensor:
+        return linear(x, a, None)
+
+    def emit(self, u: Tensor) -> Tensor:
+        return u
+
+
+class Through(Operation):
+    """A base with one adapter applied: what the next adapter at the same place sees as its base."""
+
+    def __init__(self, adapter: Adapter, base: Operation):
+        self.adapter, self.base = adapter, base
+        self.kind, self.out_features, self.in_features = base.kind, base.out_features, base.in_features
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.adapter.run(x, self.base)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.adapter.weight(self.base.weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self.base.apply(x, weight)
+
+    def project(self, x: Tensor, a: Tensor) -> Tensor:
+        return self.base.project(x, a)
+
+    def emit(self, u: Tensor) -> Tensor:
+        return self.base.emit(u)
+
+
+def linear_forward_kind(module: nn.Module, tensor: str) -> type[Site]:
+    """The site class for ``module``'s parameter ``tensor``: a known contraction if the module's forward is a known one.
+
+    A subclass with a forward of its own (a scaled embedding, say) or a module whose parent reads the weight past it
+    (``out_proj`` of nn.MultiheadAttention) is served by substitution, which is right whatever the forward does.
+    """
+    cls = base_class(module)
+    stored = module._parameters[tensor]
+    if tensor == "weight":
+        if isinstance(module, nn.Linear) and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            if cls.forward is nn.Linear.forward or is_quantised(stored):
+                return LinearSite
+        elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+            return LinearSite
+        elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            if cls.forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward):
+                return ConvSite if module.groups == 1 else GroupedConvSite
+        elif isinstance(module, nn.Embedding) and cls.forward is nn.Embedding.forward:
+            return EmbeddingSite
+    if stored.dim() < 2 or "Norm" in cls.__name__:
+        return VectorSite
+    return TransposedBareSite if getattr(module, "is_transposed", False) and stored.dim() == 3 else BareSite
+
+
+def site_for(place: Place, tensor: str) -> Site:
+    """The site of ``place``'s parameter ``tensor``."""
+    module = place.module
+    cls = linear_forward_kind(module, tensor)
+    stored = module._parameters[tensor]
+    dtype = stored.dtype if stored.is_floating_point() else torch.get_default_dtype()
+    site = cls(
+        module=module, path=place.path, tensor=tensor, shape=(), part=place.part, rows=place.rows, role=place.role,
+        block=place.block, device=stored.device, dtype=dtype,
+    )
+    site.shape = _shape(site, module, stored)
+    return site
+
+
+def _shape(site: Site, module: nn.Module, stored: Tensor) -> tuple[int, ...]:
+    if isinstance(site, LinearSite) and hasattr(module, "in_features"):
+        shape = (module.out_features, module.in_features)  # a quantised storage may have another shape of its own
+    elif isinstance(site, _Matrix):
+        shape = tuple(site._matrix(stored).shape)
+    else:
+        return tuple(stored.shape)
+    return shape if site.rows is None else (*shape[:-2], site.rows.count, shape[-1])
+
+
+def module_site(place: Place, width: int | None) -> Site:
+    """The site of a whole module; its activations' sizes from its matrix, else from the model's width."""
+    module = place.module
+    first = next(module.parameters(), None)
+    out, fan_in = getattr(module, "out_features", width), getattr(module, "in_features", width)
+    if out is None or fan_in is None:
+        raise Unsupported(f"the width of {place.path}'s activations cannot be inferred; target a Linear or a block")
+    return ModuleSite(
+        module=module, path=place.path, tensor="", shape=(out, fan_in), role=place.role, block=place.block,
+        device=torch.device("cpu") if first is None else first.device,
+        dtype=torch.float32 if first is None or not first.is_floating_point() else first.dtype,
+    )
+
+
+def sites_of(place: Place, cls: type[Adapter], *, width: int | None = None) -> list[Site]:
+    """The sites that a method of class ``cls`` has at ``place``: its matrix, the named tensors, or all parameters.
+
+    Raises:
+        Unsupported: the place has nothing that the method acts on.
+    """
+    if cls.kinds == frozenset({"module"}):
+        return [module_site(place, width)]
+    found = list(_sites(place, cls))
+    bad = [site for site in found if site.kind not in cls.kinds]
+    if bad:
+        raise Unsupported(
+            f"{cls.__name__} acts on {', '.join(sorted(cls.kinds))} places; {bad[0].name} is of kind {bad[0].kind}"
+        )
+    return found
+
+
+def _sites(place: Place, cls: type[Adapter]) -> Iterator[Site]:
+    if place.tensor is not None:
+        yield site_for(place, place.tensor)
+    elif cls.tensors is not None:
+        for tensor in cls.tensors:
+            if place.module._parameters.get(tensor) is not None:
+                yield site_for(place, tensor)
+    elif place.module._parameters.get("weight") is not None and "vector" not in cls.kinds:
+        yield site_for(place, "weight")
+    else:
+        yield from _all_parameters(place, lambda sub, tensor: site_for(sub, tensor))
+
+
+def _all_parameters(place: Place, make: Callable[[Place, str], Site]) -> Iterator[Site]:
+    """Every parameter of the module and below it, adapters left out."""
+    from dataclasses import replace
+
+    for name, module in place.module.named_modules():
+        if "trimtab" in name.split("."):
+            continue
+        path = ".".join(filter(None, (place.path, name)))
+        for tensor, value in module._parameters.items():
+            if value is not None:
+                yield make(replace(place, path=path, module=module), tensor)
+
+

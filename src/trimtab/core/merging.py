@@ -1,0 +1,242 @@
+"""merge and unmerge: the update written into the base weights, and the base's very bytes put back."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.core.contracts import ActivationAdapter, Adapter, TokenAdapter
+from trimtab.core.errors import NotMergeable, TrimtabError, raise_all
+from trimtab.core.host import adapted_chain
+from trimtab.core.site import Site, is_quantised
+from trimtab.core.state import Group, ModelState, adapter_group, state_of, unwrap
+from trimtab.core.table import Table
+
+__all__ = ["merge", "unmerge"]
+
+PROBE_ROWS = 16
+_INTO = (None, "dequantised", "requantised")
+# type of a quantised storage -> function(dense (out, in), old storage) giving a new storage; filled by trimtab.compat
+REQUANTISERS: list[tuple[Any, Any]] = []
+
+
+@dataclass
+class _Target:
+    """One base parameter that a merge will write."""
+
+    site: Site
+    chains: list[list[Adapter]]
+
+    @property
+    def key(self) -> tuple[int, str]:
+        return id(self.site.module), self.site.tensor
+
+
+def merge(
+    model: nn.Module,
+    name: str,
+    *,
+    into: str | None = None,
+    max_error: float | None = None,
+    untie: bool = False,
+    permanent: bool = False,
+) -> Table:
+    """Write the adapter's update into the base weights; exact up to the rounding to the base's dtype, which is reported.
+
+    The sum is formed in float32 (float64 on a float64 base). The original tensors are kept, so that ``unmerge`` puts the
+    same bytes back. All checks come before the first write.
+
+    Args:
+        into: for a quantised base, said explicitly: ``"dequantised"`` replaces the weight by a dense one,
+            ``"requantised"`` quantises the sum again in the same format.
+        max_error: refuse if any place's relative output error on a random probe is larger.
+        untie: give a tied tensor's other users the old values: the merged place gets a tensor of its own.
+        permanent: keep no original and take the adapter off; the merged model is then an ordinary model.
+
+    Returns:
+        A table: per tensor the largest absolute rounding error, that error over the update's Frobenius norm, and the
+        relative output error on a probe x ~ N(0, 1).
+
+    Raises:
+        NotMergeable: nothing has been written.
+    """
+    root = unwrap(model)
+    state = state_of(root)
+    group = adapter_group(state, name)
+    targets = _targets(state, group, into)
+    ties = _ties(root, targets)
+    _refuse(root, group, targets, ties, untie)
+    report = Table(("path", "shape", "dtype", "max error", "error / update", "output error"), title=f"merged {name!r}")
+    planned = []
+    with torch.no_grad():
+        for target in targets:
+            exact = adapted_chain(target.site, target.chains, dtype=_accumulate(target.site))
+            planned.append(_check_target(target, exact, into, report, max_error))
+        state.originals[name] = []  # insertion order is the order of merging
+        for target, stored in zip(targets, planned, strict=True):
+            _write(state, name, target, stored, own=untie and target.key in ties, keep=not permanent)
+    group.merged = True
+    if permanent:
+        state.originals.pop(name)
+        from trimtab.core.attach import remove_group
+
+        remove_group(root, name)
+    else:
+        if name not in state.active:
+            state.active = (*state.active, name)
+        state.refresh()
+    return report
+
+
+def unmerge(model: nn.Module, name: str) -> None:
+    """Put the base's own bytes back; the adapter acts beside the weights again.
+
+    Raises:
+        NotMergeable: it is not merged, or another adapter was merged on top of it at a common place.
+    """
+    state = state_of(model)
+    group = adapter_group(state, name)
+    if not group.merged:
+        raise NotMergeable(f"the adapter {name!r} is not merged")
+    mine = {(id(module), tensor) for module, tensor, _, _ in state.originals[name]}
+    order = list(state.originals)
+    for other in order[order.index(name) + 1 :]:
+        if mine & {(id(module), tensor) for module, tensor, _, _ in state.originals[other]}:
+            raise NotMergeable(f"{other!r} was merged on top of {name!r}; tt.unmerge(model, {other!r}) first")
+    for module, tensor, saved, replaced in state.originals.pop(name):
+        if replaced:
+            module._parameters[tensor] = saved
+        else:
+            module._parameters[tensor].data.copy_(saved)
+    group.merged = False
+    state.refresh()
+
+
+def _targets(state: ModelState, group: Group, into: str | None) -> list[_Target]:
+    """The base parameters behind the group's adapters, parts of one tensor together."""
+    if into not in _INTO:
+        raise NotMergeable(f"into= must be one of {_INTO}, found {into!r}")
+    if group.merged:
+        raise NotMergeable(f"the adapter {group.name!r} is merged already")
+    found: dict[tuple[int, str], _Target] = {}
+    problems: list[TrimtabError] = []
+    for adapter in group.adapters:
+        site = adapter.site
+        if isinstance(adapter, TokenAdapter) or (isinstance(adapter, ActivationAdapter) and not adapter.merges):
+            problems.append(NotMergeable(
+                f"{type(adapter.config).__name__} at {site.path} acts on activations and has no weight form; serve it attached"
+            ))
+            continue
+        target = found.setdefault((id(site.module), site.tensor), _Target(site, []))
+        target.chains.append([adapter])
+    raise_all(problems)
+    return list(found.values())
+
+
+def _ties(root: nn.Module, targets: list[_Target]) -> dict[tuple[int, str], str]:
+    """Targets whose tensor another place of the model shares, by storage identity -> that place's name."""
+    users: dict[int, list[tuple[int, str, str]]] = {}
+    for path, module in root.named_modules(remove_duplicate=True):
+        for tensor, value in module._parameters.items():
+            if value is not None:
+                users.setdefault(id(value), []).append((id(module), tensor, f"{path}.{tensor}"))
+    ties = {}
+    for target in targets:
+        others = [name for m, t, name in users[id(target.site.parameter())] if (m, t) != target.key]
+        if others:
+            ties[target.key] = others[0]
+    return ties
+
+
+def _refuse(root: nn.Module, group: Group, targets: list[_Target], ties: dict, untie: bool) -> None:
+    problems: list[TrimtabError] = []
+    for target in targets:
+        if target.key in ties and not untie:
+            problems.append(NotMergeable(
+                f"{target.site.name} is tied to {ties[target.key]}, so that merging {group.name!r} would change both; "
+                "tt.merge(..., untie=True) gives the merged place a tensor of its own"
+            ))
+        if target.site.is_meta:
+            problems.append(NotMergeable(f"{target.site.name} is on the meta device and has no values to merge into"))
+    raise_all(problems)
+
+
+def _accumulate(site: Site) -> torch.dtype:
+    return torch.float64 if site.dtype == torch.float64 else torch.float32
+
+
+def _check_target(target: _Target, exact: Tensor, into: str | None, report: Table, max_error: float | None) -> Tensor:
+    """The tensor to store for one target, after all checks; adds the target's row to the report."""
+    site = target.site
+    stored = site.parameter()
+    if not bool(torch.isfinite(exact).all()):
+        raise NotMergeable(f"the merged weight of {site.name} holds NaN or infinite values; nothing was written")
+    whole = exact if site.kind == "vector" else site._unmatrix(exact)
+    if is_quantised(stored):
+        new, read = _quantised(site, whole, into)
+    else:
+        new = whole.reshape(stored.shape).to(stored.dtype)
+        read = new
+    kept = read.to(exact.dtype).reshape(whole.shape)
+    before = adapted_chain(site, [], dtype=exact.dtype)
+    error = (kept if site.kind == "vector" else site._matrix(kept)) - exact
+    update = (exact - before).norm().item()
+    output = _output_error(exact, error)
+    norm = error.norm().item()
+    report.add(
+        site.path if site.tensor == "weight" else f"{site.path}.{site.tensor}", "x".join(map(str, exact.shape)),
+        str(stored.dtype).removeprefix("torch."), error.abs().max().item(), norm / update if update else float(norm > 0), output,
+    )
+    if max_error is not None and output > max_error:
+        raise NotMergeable(
+            f"merging into {site.name} has a relative output error of {output:.2e}, above max_error={max_error:.2e}; "
+            "nothing was written"
+        )
+    return new
+
+
+def _output_error(exact: Tensor, error: Tensor) -> float:
+    """``||x E^T|| / ||x W'^T||`` on a fixed probe; for vectors the relative error of the vector."""
+    if exact.dim() < 2:
+        size = exact.norm().item()
+        return error.norm().item() / size if size else error.norm().item()
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(PROBE_ROWS, exact.shape[-1], generator=rng).to(exact)
+    size = (x @ exact.transpose(-1, -2)).norm().item()
+    loss = (x @ error.transpose(-1, -2)).norm().item()
+    return loss / size if size else (0.0 if loss == 0 else math.inf)
+
+
+def _quantised(site: Site, whole: Tensor, into: str | None) -> tuple[nn.Parameter, Tensor]:
+    """A new parameter for a quantised place, and what it reads as."""
+    if into is None:
+        raise NotMergeable(
+            f"{site.name} is quantised ({type(site.parameter()).__name__}); say what it becomes: "
+            'tt.merge(..., into="dequantised") or tt.merge(..., into="requantised")'
+        )
+    if into == "dequantised":
+        value = whole.to(site.dtype)
+        return nn.Parameter(value, requires_grad=False), value
+    for test, requantise in REQUANTISERS:
+        if test(site.parameter()):
+            new = requantise(whole.to(site.dtype), site.parameter())
+            return new, new.dequantize()
+    raise NotMergeable(f'{site.name}: no way is known to requantise a {type(site.parameter()).__name__}; use into="dequantised"')
+
+
+def _write(state: ModelState, name: str, target: _Target, new: Tensor, *, own: bool, keep: bool) -> None:
+    """Store the merged tensor: in place, or as another parameter where the storage changes or a tie is cut."""
+    module, tensor = target.site.module, target.site.tensor
+    old = target.site.parameter()
+    replace = own or isinstance(new, nn.Parameter)
+    if keep:
+        saved = old if replace else old.detach().clone()
+        state.originals[name].append((module, tensor, saved, replace))
+    if replace:
+        module._parameters[tensor] = new if isinstance(new, nn.Parameter) else nn.Parameter(new, requires_grad=False)
+    else:
+        old.data.copy_(new)

@@ -1,0 +1,127 @@
+"""What trimtab knows of one model: which adapters are on it, where, and which of them act. Kept on the root module."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from torch import Tensor, nn
+
+from trimtab.core.contracts import Adapter
+from trimtab.core.errors import NoMatch, Unsupported, nearest
+from trimtab.core.host import CHILD, Host
+
+__all__ = ["Group", "ModelState", "adapter_group", "state_of", "unwrap"]
+
+ATTRIBUTE = "_trimtab_state"
+
+
+@dataclass(eq=False)
+class Group:
+    """All adapters that carry one name.
+
+    Attributes:
+        name: the adapter's name.
+        adapters: in model order.
+        trainable: declared at attach or load; nothing else ever changes it.
+        merged: whether its update is written into the base weights now.
+        checked: whether the first optimizer step has confirmed the gradients (or need not).
+    """
+
+    name: str
+    adapters: list[Adapter] = field(default_factory=list)
+    trainable: bool = True
+    merged: bool = False
+    checked: bool = False
+
+
+@dataclass(eq=False)
+class ModelState:
+    """Adapters of a model by name, the active ones in order, the hosts, and what to restore at the end."""
+
+    groups: dict[str, Group] = field(default_factory=dict)
+    active: tuple[str, ...] = ()
+    hosts: dict[str, nn.Module] = field(default_factory=dict)
+    #: base parameters that learnt before the first adapter came: (module, parameter name)
+    thawed: list[tuple[nn.Module, str]] = field(default_factory=list)
+    #: adapter name -> what unmerge puts back: (module, parameter name, tensor, whether the parameter object was replaced)
+    originals: dict[str, list[tuple[nn.Module, str, Tensor, bool]]] = field(default_factory=dict)
+
+    def refresh(self) -> None:
+        """Rewrite every host's lists after a change of what acts. Merged adapters act through the weights."""
+        acting = tuple(name for name in self.active if not self.groups[name].merged)
+        for module in self.hosts.values():
+            host(module).refresh(acting)
+
+
+def host(module: nn.Module) -> Host:
+    """The host beneath an adapted module."""
+    return module._modules[CHILD]  # type: ignore[return-value]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module that carries the state: ``model`` itself or what DDP (``module``) or compile (``_orig_mod``) wraps."""
+    inner = model
+    while ATTRIBUTE not in inner.__dict__:
+        wrapped = inner._modules.get("_orig_mod") or inner._modules.get("module")
+        if wrapped is None:
+            return model
+        inner = wrapped
+    return inner
+
+
+def state_of(model: nn.Module, *, create: bool = False) -> ModelState:
+    """The model's state.
+
+    Raises:
+        Unsupported: nothing is attached to ``model`` and ``create`` is False.
+    """
+    root = unwrap(model)
+    state = root.__dict__.get(ATTRIBUTE)
+    if state is None:
+        if not create:
+            owner = [path for path, module in model.named_modules() if ATTRIBUTE in module.__dict__]
+            hint = f"; the adapters are on its submodule {owner[0]!r}: pass that" if owner else "; call tt.attach first"
+            raise Unsupported(f"no adapter is attached to this {type(model).__name__}{hint}")
+        state = ModelState()
+        root.__dict__[ATTRIBUTE] = state
+    return state
+
+
+def drop_state(model: nn.Module) -> None:
+    """Forget the state; the model is as it was before the first attach."""
+    unwrap(model).__dict__.pop(ATTRIBUTE, None)
+
+
+def adapter_group(state: ModelState, name: str) -> Group:
+    """The group called ``name``.
+
+    Raises:
+        NoMatch: there is none; the message names those that exist.
+    """
+    if name not in state.groups:
+        known = ", ".join(map(repr, state.groups)) or "none"
+        raise NoMatch(f"no adapter is named {name!r}; attached: {known}{nearest(name, state.groups)}")
+    return state.groups[name]
+
+
+def resolve_names(state: ModelState, name: str | None) -> list[Group]:
+    """One named group, or all groups for None."""
+    return list(state.groups.values()) if name is None else [adapter_group(state, name)]
+
+
+def trainable_parameters(group: Group) -> list[nn.Parameter]:
+    """The group's parameters that learn, each once."""
+    seen: dict[int, nn.Parameter] = {}
+    for adapter in group.adapters:
+        for parameter in adapter.parameters():
+            if parameter.requires_grad:
+                seen.setdefault(id(parameter), parameter)
+    return list(seen.values())
+
+
+def tensors_of(group: Group) -> dict[str, Tensor]:
+    """Saved tensors of a group: ``<path>.<slot>.<name>`` -> parameter or persistent buffer."""
+    found: dict[str, Tensor] = {}
+    for adapter in group.adapters:
+        for key, value in adapter.state_dict(keep_vars=True).items():
+            found[f"{adapter.site.path}.{adapter.site.slot}.{key}"] = value.detach()
+    return found
