@@ -1,0 +1,1 @@
+"""Everything that knows another library: quantised storages, peft's checkpoints, transformers' oddities."""

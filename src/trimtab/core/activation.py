@@ -33,7 +33,9 @@ def activate(model: nn.Module, *names: str) -> None:
         raise Unsupported(f"tt.activate got an adapter twice: {', '.join(names)}")
     left_out = [g.name for g in state.groups.values() if g.merged and g not in groups]
     if left_out:
-        raise Unsupported(f"{left_out[0]!r} is merged into the base and cannot stop acting; tt.unmerge(model, {left_out[0]!r}) first")
+        raise Unsupported(
+            f"{left_out[0]!r} is merged into the base and cannot stop acting; tt.unmerge(model, {left_out[0]!r}) first"
+        )
     state.active = tuple(names)
     state.refresh()
 
@@ -99,7 +101,9 @@ def parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
     return list(found.values())
 
 
-def effective_weight(model: nn.Module, path: str, name: str | Sequence[str] | None = None, *, tensor: str | None = None) -> Tensor:
+def effective_weight(
+    model: nn.Module, path: str, name: str | Sequence[str] | None = None, *, tensor: str | None = None
+) -> Tensor:
     """The adapted weight at ``path``, dense, ``(out, in)`` (a bank: ``(experts, out, in)``), detached.
 
     Args:
@@ -148,8 +152,14 @@ def summary(model: nn.Module) -> Table:
         values = {id(p): p for a in group.adapters for p in a.parameters()}.values()
         count = sum(p.numel() for p in values)
         table.add(
-            group.name, ", ".join(sorted({type(a.config).__name__ for a in group.adapters})), len(group.adapters),
-            sum(p.numel() for p in values if p.requires_grad), count, 100 * count / max(base, 1),
-            sum(p.numel() * p.element_size() for p in values), group.name in state.active, group.merged,
+            group.name,
+            ", ".join(sorted({type(a.config).__name__ for a in group.adapters})),
+            len(group.adapters),
+            sum(p.numel() for p in values if p.requires_grad),
+            count,
+            100 * count / max(base, 1),
+            sum(p.numel() * p.element_size() for p in values),
+            group.name in state.active,
+            group.merged,
         )
     return table

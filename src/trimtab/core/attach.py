@@ -74,7 +74,13 @@ def attach(
     _prepare(assignments, dtype)
     _check(root, assignments, name)
     if dry_run:
-        return _table(name, [(site, config, build_adapter(config, _shapes_only(site), _generator(None))) for config, site in assignments])
+        return _table(
+            name,
+            [
+                (site, config, build_adapter(config, site.shapes_only(), _generator(None)))
+                for config, site in assignments
+            ],
+        )
     _calibrate(root, assignments, loss)
     generator = _generator(rng)
     adapters = [build_adapter(config, site, generator) for config, site in assignments]
@@ -112,10 +118,12 @@ def plan_sites(
             continue
         hits = [where[key] for place in chosen if (key := (place.path, place.tensor, place.part)) in where]
         if not hits:
-            problems.append(NoMatch(
-                f"the override {clause!r} matches {len(chosen)} places, none of which is targeted by "
-                f"{targets or type(method).adapter_class.targets!r}; add it to targets, or attach it on its own"
-            ))
+            problems.append(
+                NoMatch(
+                    f"the override {clause!r} matches {len(chosen)} places, none of which is targeted by "
+                    f"{targets or type(method).adapter_class.targets!r}; add it to targets, or attach it on its own"
+                )
+            )
         for index in hits:
             configs[index] = config
     width = _width(anatomy)
@@ -129,7 +137,9 @@ def plan_sites(
     return _without_ties(found)
 
 
-def _select(root: nn.Module, method: MethodConfig, targets: Targets, layers: Sequence[int] | None, anatomy: Any) -> list[Place]:
+def _select(
+    root: nn.Module, method: MethodConfig, targets: Targets, layers: Sequence[int] | None, anatomy: Any
+) -> list[Place]:
     cls = type(method).adapter_class
     leaves: Callable[[nn.Module], bool] | None = None
     containers = False
@@ -138,7 +148,9 @@ def _select(root: nn.Module, method: MethodConfig, targets: Targets, layers: Seq
     elif cls.tensors is not None:
         names = cls.tensors
         leaves = lambda module: any(module._parameters.get(tensor) is not None for tensor in names)  # noqa: E731
-    return select(root, targets, layers=layers, anatomy=anatomy, default=cls.targets, leaves=leaves, containers=containers)
+    return select(
+        root, targets, layers=layers, anatomy=anatomy, default=cls.targets, leaves=leaves, containers=containers
+    )
 
 
 def _width(anatomy: Any) -> int | None:
@@ -154,9 +166,11 @@ def _without_ties(assignments: list[Assignment]) -> list[Assignment]:
             continue
         other = seen.setdefault(id(site.parameter()), site)
         if other is not site:
-            problems.append(Unsupported(
-                f"{site.name} and {other.name} are one tied tensor; target one of them for {type(config).__name__}"
-            ))
+            problems.append(
+                Unsupported(
+                    f"{site.name} and {other.name} are one tied tensor; target one of them for {type(config).__name__}"
+                )
+            )
     raise_all(problems)
     return assignments
 
@@ -176,22 +190,28 @@ def _check(root: nn.Module, assignments: list[Assignment], name: str) -> None:
     if not isinstance(name, str) or not name:
         problems.append(Unsupported(f"an adapter's name is a non-empty text, found {name!r}"))
     state = root.__dict__.get("_trimtab_state")
-    taken = {(a.site.path, a.site.slot) for a in state.groups[name].adapters} if state and name in state.groups else set()
+    taken = (
+        {(a.site.path, a.site.slot) for a in state.groups[name].adapters} if state and name in state.groups else set()
+    )
     if state and name in state.groups and state.groups[name].merged:
         problems.append(Unsupported(f"the adapter {name!r} is merged; tt.unmerge it before extending it"))
     for config, site in assignments:
         if (site.path, site.slot) in taken:
-            problems.append(Unsupported(
-                f"the adapter {name!r} already acts on {site.name}; choose another name, or tt.detach it first"
-            ))
+            problems.append(
+                Unsupported(
+                    f"the adapter {name!r} already acts on {site.name}; choose another name, or tt.detach it first"
+                )
+            )
             continue
         try:
             if site.kind == "module" or site.is_meta or not site.parameter().is_floating_point() or _finite(site):
                 type(config).adapter_class.check(config, site)
             else:
-                problems.append(ShapeMismatch(
-                    f"the base weight {site.name} holds NaN or infinite values; repair or reload the base before attaching"
-                ))
+                problems.append(
+                    ShapeMismatch(
+                        f"the base weight {site.name} holds NaN or infinite values; repair or reload the base before attaching"
+                    )
+                )
         except TrimtabError as error:
             problems.append(error)
     raise_all(problems)
@@ -202,7 +222,9 @@ def _finite(site: Site) -> bool:
     stored = site.parameter()
     if type(stored) is not nn.Parameter:
         return True
-    return bool(torch.isfinite(stored.detach().sum(dtype=torch.float64 if stored.device.type == "cpu" else torch.float32)))
+    return bool(
+        torch.isfinite(stored.detach().sum(dtype=torch.float64 if stored.device.type == "cpu" else torch.float32))
+    )
 
 
 def _calibrate(root: nn.Module, assignments: list[Assignment], loss: Callable[[nn.Module], Tensor] | None) -> None:
@@ -220,12 +242,6 @@ def _calibrate(root: nn.Module, assignments: list[Assignment], loss: Callable[[n
 
 def _generator(rng: torch.Generator | None) -> torch.Generator:
     return rng if rng is not None else torch.Generator().manual_seed(int(torch.randint(2**62, ())))
-
-
-def _shapes_only(site: Site) -> Site:
-    from dataclasses import replace
-
-    return replace(site, device=torch.device("meta"))
 
 
 def mount_group(
@@ -273,7 +289,9 @@ def detach(model: nn.Module, name: str) -> None:
     state = state_of(root)
     group = adapter_group(state, name)
     if group.merged:
-        raise Unsupported(f"the adapter {name!r} is merged into the base; tt.unmerge(model, {name!r}) before detaching it")
+        raise Unsupported(
+            f"the adapter {name!r} is merged into the base; tt.unmerge(model, {name!r}) before detaching it"
+        )
     remove_group(root, name)
 
 
@@ -298,12 +316,19 @@ def remove_group(root: nn.Module, name: str) -> None:
 
 def _table(name: str, rows: list[tuple[Site, MethodConfig, Adapter]]) -> Table:
     table = Table(
-        ("path", "role", "kind", "shape", "method", "parameters", "bytes"), title=f"adapter {name!r}", sums=("parameters", "bytes")
+        ("path", "role", "kind", "shape", "method", "parameters", "bytes"),
+        title=f"adapter {name!r}",
+        sums=("parameters", "bytes"),
     )
     for site, config, adapter in rows:
         values = list(adapter.parameters())
         table.add(
-            site.name, site.role or "", site.kind, "x".join(map(str, site.shape)), repr(config),
-            sum(v.numel() for v in values), sum(v.numel() * v.element_size() for v in values),
+            site.name,
+            site.role or "",
+            site.kind,
+            "x".join(map(str, site.shape)),
+            repr(config),
+            sum(v.numel() for v in values),
+            sum(v.numel() * v.element_size() for v in values),
         )
     return table

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -34,7 +32,7 @@ class Bank(Reparameterization):
     def __init__(self, config: MethodConfig, site: Site, *, rng: torch.Generator):
         super().__init__(config, site)
         cls = type(config).adapter_class
-        matrices = None if site.is_meta else site.weight
+        matrices = None if site.is_meta else site.weight.detach()
         one = [_Expert(site, None if matrices is None else matrices[e], e) for e in range(site.shape[0])]
         adapters = [cls(config, expert, rng=rng) for expert in one]
         self.identity_at_start = cls.identity(config)
@@ -46,18 +44,15 @@ class Bank(Reparameterization):
             stack = torch.stack([dict(a.named_buffers())[key] for a in adapters])
             self.register_buffer(key.replace(".", "__"), stack)
         # the template holds shapes only; object.__setattr__ keeps it out of the module tree and of the state dict
-        template = cls(config, replace_meta(one[0]), rng=rng)
+        shapes = one[0].shapes_only()
+        shapes.matrix = None
+        template = cls(config, shapes, rng=rng)
         object.__setattr__(self, "_template", _Weight(template))
 
     def weight(self, W: Tensor) -> Tensor:
         self._template.train(self.training)
         names = {f"adapter.{k.replace('__', '.')}": v for k, v in (*self.named_parameters(), *self.named_buffers())}
         return torch.vmap(lambda tensors, w: functional_call(self._template, tensors, (w,)))(names, W)
-
-
-def replace_meta(site: Site) -> Site:
-    """The same site with shapes only."""
-    return replace(site, device=torch.device("meta"))
 
 
 class _Expert(Site):
@@ -68,9 +63,17 @@ class _Expert(Site):
     def __init__(self, bank: Site, matrix: Tensor | None, index: int):
         gradient = None if bank.gradient is None else bank.gradient[index]
         super().__init__(
-            module=bank.module, path=f"{bank.path}[{index}]", tensor=bank.tensor, shape=bank.shape[1:], role=bank.role,
-            block=bank.block, device=bank.device, dtype=bank.dtype, adapter_dtype=bank.adapter_dtype,
-            cohort=bank.cohort, gradient=gradient,
+            module=bank.module,
+            path=f"{bank.path}[{index}]",
+            tensor=bank.tensor,
+            shape=bank.shape[1:],
+            role=bank.role,
+            block=bank.block,
+            device=bank.device,
+            dtype=bank.dtype,
+            adapter_dtype=bank.adapter_dtype,
+            cohort=bank.cohort,
+            gradient=gradient,
         )
         self.matrix = matrix
 

@@ -49,5 +49,4 @@ def site_gradients(model: nn.Module, sites: list[Site], loss: Callable[[nn.Modul
         gradient = taken.get(id(site.parameter()))
         if gradient is None:
             raise Unsupported(f"the loss does not depend on {site.name}; a gradient start needs a loss that does")
-        matrix = site._matrix(gradient)
-        site.gradient = matrix if site.rows is None else site.rows.take(matrix, -2)
+        site.gradient = site.take(site.matrix(gradient))

@@ -18,7 +18,15 @@ from trimtab.core import fingerprint
 from trimtab.core.attach import mount_group
 from trimtab.core.bank import build_adapter
 from trimtab.core.contracts import Adapter
-from trimtab.core.errors import CheckpointMismatch, NoMatch, ShapeMismatch, TrimtabError, Unsupported, nearest, raise_all
+from trimtab.core.errors import (
+    CheckpointMismatch,
+    NoMatch,
+    ShapeMismatch,
+    TrimtabError,
+    Unsupported,
+    nearest,
+    raise_all,
+)
 from trimtab.core.kinds import module_site, site_for
 from trimtab.core.registry import config_from_dict, config_to_dict
 from trimtab.core.selection import Place
@@ -60,7 +68,9 @@ def save(model: nn.Module, path: str | os.PathLike, *, name: str | None = None, 
         "version": VERSION,
         "name": group.name,
         "places": [_place_entry(adapter) for adapter in group.adapters],
-        "tensors": {key: {"shape": list(v.shape), "dtype": str(v.dtype).removeprefix("torch.")} for key, v in tensors.items()},
+        "tensors": {
+            key: {"shape": list(v.shape), "dtype": str(v.dtype).removeprefix("torch.")} for key, v in tensors.items()
+        },
         "aliases": aliases,
         "base": fingerprint.take(root, [adapter.site for adapter in group.adapters]),
     }
@@ -106,12 +116,21 @@ def load(
 
 
 def install(
-    root: nn.Module, adapters: list[Adapter], tensors: dict[str, Tensor], *, name: str, trainable: bool, active: bool | None, source: str
+    root: nn.Module,
+    adapters: list[Adapter],
+    tensors: dict[str, Tensor],
+    *,
+    name: str,
+    trainable: bool,
+    active: bool | None,
+    source: str,
 ) -> str:
     """Fill adapters that have shapes only with stored tensors, then mount them. Used by every format's reader."""
     state = state_of(root, create=False) if "_trimtab_state" in root.__dict__ else None
     if state is not None and name in state.groups:
-        raise Unsupported(f"an adapter named {name!r} is attached already; load it with name=..., or tt.detach it first")
+        raise Unsupported(
+            f"an adapter named {name!r} is attached already; load it with name=..., or tt.detach it first"
+        )
     _fill(adapters, tensors, source)
     mount_group(root, name, adapters, trainable=trainable)
     state = state_of(root)
@@ -131,15 +150,23 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(file.read_text("utf-8"))
     except FileNotFoundError:
-        inside = ", ".join(sorted(p.name for p in Path(folder).iterdir())) if Path(folder).is_dir() else "no such folder"
-        raise CheckpointMismatch(f"{folder} holds no trimtab adapter: there is no {MANIFEST} (found: {inside or 'nothing'})") from None
+        inside = (
+            ", ".join(sorted(p.name for p in Path(folder).iterdir())) if Path(folder).is_dir() else "no such folder"
+        )
+        raise CheckpointMismatch(
+            f"{folder} holds no trimtab adapter: there is no {MANIFEST} (found: {inside or 'nothing'})"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointMismatch(f"{file} is damaged: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != "trimtab":
         raise CheckpointMismatch(f"{file} is not a trimtab manifest")
     if not isinstance(manifest.get("version"), int) or manifest["version"] > VERSION:
-        raise CheckpointMismatch(f"{file} has version {manifest.get('version')!r}; this trimtab reads up to {VERSION}: upgrade it")
-    missing = [key for key in ("name", "places", "tensors", "aliases", "base", "file", "sha256", "seal") if key not in manifest]
+        raise CheckpointMismatch(
+            f"{file} has version {manifest.get('version')!r}; this trimtab reads up to {VERSION}: upgrade it"
+        )
+    missing = [
+        key for key in ("name", "places", "tensors", "aliases", "base", "file", "sha256", "seal") if key not in manifest
+    ]
     if missing:
         raise CheckpointMismatch(f"{file} is damaged: it lacks {', '.join(missing)}")
     if manifest["seal"] != _seal(manifest):
@@ -167,9 +194,13 @@ def _refuse_bad(tensors: dict[str, Tensor]) -> None:
     problems: list[TrimtabError] = []
     for key, value in tensors.items():
         if value.is_meta or (value.numel() and value.untyped_storage().nbytes() == 0):
-            problems.append(CheckpointMismatch(f"{key} has no values (sharded or on the meta device); gather it before saving"))
+            problems.append(
+                CheckpointMismatch(f"{key} has no values (sharded or on the meta device); gather it before saving")
+            )
         elif value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            problems.append(CheckpointMismatch(f"{key} holds NaN or infinite values; the last good save is left as it is"))
+            problems.append(
+                CheckpointMismatch(f"{key} holds NaN or infinite values; the last good save is left as it is")
+            )
     raise_all(problems)
 
 
@@ -244,7 +275,9 @@ def _read_tensors(folder: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
     if not file.is_file():
         raise CheckpointMismatch(f"{folder} is damaged: its manifest names {manifest['file']}, which is not there")
     if _hash(file) != manifest["sha256"]:
-        raise CheckpointMismatch(f"{file} is damaged or was changed: its SHA-256 is not the manifest's; restore it from a copy")
+        raise CheckpointMismatch(
+            f"{file} is damaged or was changed: its SHA-256 is not the manifest's; restore it from a copy"
+        )
     try:
         tensors = load_file(file)
     except SafetensorError as error:
@@ -277,9 +310,7 @@ def _rebuild(root: nn.Module, manifest: dict[str, Any]) -> list[Adapter]:
 
 def shapes_only(config: Any, site: Site, rng: torch.Generator) -> Adapter:
     """The adapter without values, its site the real one; ``install`` fills it."""
-    from dataclasses import replace
-
-    adapter = build_adapter(config, replace(site, device=torch.device("meta")), rng)
+    adapter = build_adapter(config, site.shapes_only(), rng)
     adapter.site = site
     return adapter
 
@@ -290,8 +321,13 @@ def _site(modules: dict[str, nn.Module], entry: dict[str, Any]) -> Site:
         raise NoMatch(f"the adapter acts on {path}, which this model does not have{nearest(path, modules)}")
     rows = Rows(*entry["rows"]) if "rows" in entry else None
     place = Place(
-        path=path, module=modules[path], tensor=tensor or None, part=entry.get("part"), rows=rows,
-        role=entry.get("role"), block=entry.get("block"),
+        path=path,
+        module=modules[path],
+        tensor=tensor or None,
+        part=entry.get("part"),
+        rows=rows,
+        role=entry.get("role"),
+        block=entry.get("block"),
     )
     if not tensor:
         site = module_site(place, entry["shape"][-1])
@@ -325,7 +361,11 @@ def _fill(adapters: list[Adapter], tensors: dict[str, Tensor], source: str) -> N
             if found is None:
                 problems.append(CheckpointMismatch(f"{source} lacks {prefix + key}"))
             elif found.shape != wanted.shape:
-                problems.append(ShapeMismatch(f"{prefix + key} is {tuple(found.shape)} in {source}, {tuple(wanted.shape)} is needed"))
+                problems.append(
+                    ShapeMismatch(
+                        f"{prefix + key} is {tuple(found.shape)} in {source}, {tuple(wanted.shape)} is needed"
+                    )
+                )
             else:
                 # one storage stays one storage
                 values[key] = shared.setdefault(id(found), found.to(adapter.site.device))
@@ -334,9 +374,11 @@ def _fill(adapters: list[Adapter], tensors: dict[str, Tensor], source: str) -> N
             adapter.rebuild()
     unused = sorted(set(tensors) - used)
     if unused:
-        problems.append(CheckpointMismatch(
-            f"{source} has {len(unused)} tensors that no place uses: {', '.join(unused[:3])}{', ...' if len(unused) > 3 else ''}"
-        ))
+        problems.append(
+            CheckpointMismatch(
+                f"{source} has {len(unused)} tensors that no place uses: {', '.join(unused[:3])}{', ...' if len(unused) > 3 else ''}"
+            )
+        )
     raise_all(problems)
 
 

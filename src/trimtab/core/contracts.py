@@ -44,8 +44,10 @@ class MethodConfig:
 
     def require_rank(self, rank: Any) -> None:
         """``rank`` must be an integer of at least 1."""
-        self.require(isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1,
-                     f"the rank must be an integer of at least 1, found {rank!r}")
+        self.require(
+            isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1,
+            f"the rank must be an integer of at least 1, found {rank!r}",
+        )
 
     def require_probability(self, name: str, p: float) -> None:
         """``p`` must lie in [0, 1)."""

@@ -29,7 +29,9 @@ def take(root: nn.Module, sites: list[Site]) -> dict[str, Any]:
     samples = {}
     for site in keys[::step][:TENSORS]:
         if not site.is_meta:
-            samples[f"{site.path}.{site.tensor}"] = [round(v, 8) for v in _sample(_original(root, site)).tolist()]
+            samples[f"{site.path}.{site.tensor}"] = [
+                round(v, 8) for v in _sample(_original(root, site), site.module).tolist()
+            ]
     return {"class": type(root).__name__, "samples": samples}
 
 
@@ -42,8 +44,8 @@ def _original(root: nn.Module, site: Site) -> Tensor:
     return site.parameter()
 
 
-def _sample(stored: Tensor) -> Tensor:
-    flat = dense(stored.detach()).reshape(-1)
+def _sample(stored: Tensor, module: nn.Module) -> Tensor:
+    flat = dense(stored, module).detach().reshape(-1)
     where = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), device=flat.device).long()
     return flat[where].double().cpu()
 
@@ -57,10 +59,11 @@ def compare(root: nn.Module, stored: dict[str, Any], source: str) -> None:
     ours, theirs = [], []
     for key, values in stored["samples"].items():
         path, _, tensor = key.rpartition(".")
-        parameter = root.get_submodule(path)._parameters[tensor]
+        module = root.get_submodule(path)
+        parameter = module._parameters[tensor]
         if parameter.is_meta:
             return
-        found = _sample(parameter)
+        found = _sample(parameter, module)
         if len(found) == len(values):
             ours.append(found)
             theirs.append(torch.tensor(values, dtype=torch.float64))

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from trimtab.core.errors import GradientMismatch
 from trimtab.core.state import ATTRIBUTE, ModelState, trainable_parameters
@@ -25,7 +26,7 @@ def watch(root: nn.Module) -> None:
     global _HOOK
     _WATCHED.add(root)
     if _HOOK is None:
-        _HOOK = torch.optim.optimizer.register_optimizer_step_pre_hook(_before_step)
+        _HOOK = register_optimizer_step_pre_hook(_before_step)
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:

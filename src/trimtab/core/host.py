@@ -33,6 +33,10 @@ def unescape(name: str) -> str:
     return name.replace("%2E", ".").replace("%25", "%")
 
 
+def _no_shortcut(module: nn.Module, args: tuple) -> None:
+    """A hook that does nothing; its presence is its purpose."""
+
+
 class Slots(nn.Module):
     """One adapter's parameters at one module, a child a slot (``weight``, ``bias``, ``weight_q``)."""
 
@@ -52,6 +56,9 @@ class Host(nn.Module):
         self.outputs: list[ActivationAdapter] = []
         self.tokens: list[TokenAdapter] = []
         self.route: Any = None
+        # nn.TransformerEncoderLayer's inference shortcut reads its children's weights past their forward, unless a hook
+        # stands on a module below it; the host itself is never called, so this costs nothing
+        self.register_forward_pre_hook(_no_shortcut)
 
     def adapters(self, name: str) -> list[Adapter]:
         """The adapters called ``name`` at this module."""
@@ -120,10 +127,8 @@ class Host(nn.Module):
         chains = self.tensors.get(tensor)
         if not chains:
             return stored
-        value = stored
-        for chain in chains:
-            value = _adapted(chain, value)
-        return value.to(stored.dtype)
+        site = chains[0][0].site
+        return site.unmatrix(adapted_chain(site, chains)).reshape(stored.shape).to(stored.dtype)
 
 
 def _whole_site(adapter: Adapter) -> Operation:
@@ -134,40 +139,20 @@ def _whole_site(adapter: Adapter) -> Operation:
     return replace(site, part=None, rows=None, shape=(site.module.weight.shape[0], site.in_features))
 
 
-def _adapted(chain: list[Adapter], stored: Tensor) -> Tensor:
-    """One chain of adapters on a parameter's value; both in the parameter's own layout."""
-    site = chain[0].site
-    if site.kind == "vector":
-        return _through(chain, stored)
-    return site._unmatrix(_on_matrix(chain, site._matrix(stored)))
-
-
-def _on_matrix(chain: list[Adapter], whole: Tensor) -> Tensor:
-    """One chain on the whole matrix ``(out, in)``, of which it may act on some rows."""
-    rows = chain[0].site.rows
-    if rows is None:
-        return _through(chain, whole)
-    return rows.put(whole, -2, _through(chain, rows.take(whole, -2)))
-
-
-def _through(chain: list[Adapter], value: Tensor) -> Tensor:
-    for adapter in chain:
-        value = adapter.weight(value)
-    return value
-
-
 def adapted_chain(site: Site, chains: list[list[Adapter]], *, dtype: torch.dtype | None = None) -> Tensor:
-    """The whole matrix (or vector) behind ``site`` after the chains, dense, whole-tensor chains first.
+    """The whole tensor behind ``site`` after the chains, dense, in the contraction's layout; whole chains before parts.
 
     Args:
         dtype: compute in this dtype; None: the base's.
     """
-    value = dense(site.parameter())
-    if site.kind != "vector":
-        value = site._matrix(value)
+    value = site.matrix(dense(site.parameter(), site.module))
     value = value if dtype is None else value.to(dtype)
     for chain in sorted(chains, key=lambda chain: chain[0].site.part is not None):
-        value = _through(chain, value) if site.kind == "vector" else _on_matrix(chain, value)
+        here = chain[0].site
+        part = here.take(value)
+        for adapter in chain:
+            part = adapter.weight(part)
+        value = here.put(value, part)
     return value
 
 
@@ -262,5 +247,3 @@ def _rebind_saved_forward(module: nn.Module) -> None:
     """accelerate's hooks keep the bound forward of the class they met; point it at the present class's."""
     if "_old_forward" in module.__dict__:
         module._old_forward = type(module).forward.__get__(module)
-
-

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trimtab.core.errors import Unsupported
-from trimtab.core.site import Operation, Rows, Site, base_class, dense, is_quantised, linear
+from trimtab.core.site import Operation, Site, base_class, dense, is_quantised, linear
 
 if TYPE_CHECKING:
     from trimtab.core.contracts import Adapter
@@ -21,35 +21,43 @@ __all__ = ["PartOperation", "Through", "linear_forward_kind", "site_for", "sites
 _CONV_DIMS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 
 
-class _Matrix(Site):
-    """What the kinds with a matrix share."""
+class _Tensor(Site):
+    """What all kinds with a parameter share: rows of a fused one, and its own layout against the contraction's."""
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return base_class(self.module).forward(self.module, x)
+    #: the axis of the contraction's layout that rows of a fused parameter stand on
+    row_axis = -2
 
     @property
     def weight(self) -> Tensor:
-        W = self._matrix(dense(self.parameter()))
-        return W if self.rows is None else self.rows.take(W, -2)
+        return self.take(self.matrix(dense(self.parameter(), self.module)))
 
     @property
     def bias(self) -> Tensor | None:
         bias = getattr(self.module, "bias", None)
         return bias if bias is None or self.rows is None else self.rows.take(bias, 0)
 
-    def write(self, weight: Tensor) -> Tensor:
-        stored = dense(self.parameter())
-        if self.rows is not None:
-            weight = self.rows.put(self._matrix(stored).to(weight.dtype), -2, weight)
-        return self._unmatrix(weight).reshape(stored.shape)
+    def take(self, whole: Tensor) -> Tensor:
+        """This site's rows of the whole tensor, both in the contraction's layout."""
+        return whole if self.rows is None else self.rows.take(whole, self.row_axis)
 
-    def _matrix(self, stored: Tensor) -> Tensor:
-        """Stored layout -> ``(out, in)``, a view."""
+    def put(self, whole: Tensor, part: Tensor) -> Tensor:
+        """The whole tensor with this site's rows replaced by ``part``, in ``part``'s dtype."""
+        return part if self.rows is None else self.rows.put(whole.to(part.dtype), self.row_axis, part)
+
+    def matrix(self, stored: Tensor) -> Tensor:
+        """Stored layout -> the contraction's, ``(..., out, in)``; a view."""
         return stored
 
-    def _unmatrix(self, weight: Tensor) -> Tensor:
-        """``(out, in)`` -> stored layout."""
+    def unmatrix(self, weight: Tensor) -> Tensor:
+        """``(..., out, in)`` -> stored layout (up to a reshape)."""
         return weight
+
+
+class _Matrix(_Tensor):
+    """What the kinds with a known forward share."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return base_class(self.module).forward(self.module, x)
 
 
 class LinearSite(_Matrix):
@@ -70,10 +78,10 @@ class LinearSite(_Matrix):
             return None
         return stored.t() if self.transposed else stored
 
-    def _matrix(self, stored: Tensor) -> Tensor:
+    def matrix(self, stored: Tensor) -> Tensor:
         return stored.t() if self.transposed else stored
 
-    _unmatrix = _matrix
+    unmatrix = matrix
 
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
         return linear(x, weight, self.bias)
@@ -94,7 +102,7 @@ class ConvSite(_Matrix):
 
     kind = "conv"
 
-    def _matrix(self, stored: Tensor) -> Tensor:
+    def matrix(self, stored: Tensor) -> Tensor:
         return stored.reshape(stored.shape[0], -1)
 
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -127,10 +135,10 @@ class EmbeddingSite(_Matrix):
     kind = "embedding"
     bias = None  # type: ignore[assignment]
 
-    def _matrix(self, stored: Tensor) -> Tensor:
+    def matrix(self, stored: Tensor) -> Tensor:
         return stored.t()
 
-    _unmatrix = _matrix
+    unmatrix = matrix
 
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
         m = self.module
@@ -144,7 +152,7 @@ class EmbeddingSite(_Matrix):
         return u
 
 
-class BareSite(_Matrix):
+class BareSite(_Tensor):
     """Any parameter with two or more axes that its module reads by itself: packed in_proj, expert banks (experts, out, in)."""
 
     kind = "bare"
@@ -153,10 +161,10 @@ class BareSite(_Matrix):
     #: whether the bank is stored (experts, in, out)
     transposed = False
 
-    def _matrix(self, stored: Tensor) -> Tensor:
+    def matrix(self, stored: Tensor) -> Tensor:
         return stored.transpose(-1, -2) if self.transposed else stored
 
-    _unmatrix = _matrix
+    unmatrix = matrix
 
 
 class TransposedBareSite(BareSite):
@@ -165,18 +173,13 @@ class TransposedBareSite(BareSite):
     transposed = True
 
 
-class VectorSite(Site):
+class VectorSite(_Tensor):
     """A parameter without a contraction: a bias, a norm's weight, a position table."""
 
     kind = "vector"
     substitutes = True
-
-    @property
-    def weight(self) -> Tensor:
-        return dense(self.parameter())
-
-    def write(self, weight: Tensor) -> Tensor:
-        return weight
+    row_axis = 0
+    bias = None  # type: ignore[assignment]
 
 
 class ModuleSite(Site):
@@ -274,8 +277,16 @@ def site_for(place: Place, tensor: str) -> Site:
     stored = module._parameters[tensor]
     dtype = stored.dtype if stored.is_floating_point() else torch.get_default_dtype()
     site = cls(
-        module=module, path=place.path, tensor=tensor, shape=(), part=place.part, rows=place.rows, role=place.role,
-        block=place.block, device=stored.device, dtype=dtype,
+        module=module,
+        path=place.path,
+        tensor=tensor,
+        shape=(),
+        part=place.part,
+        rows=place.rows,
+        role=place.role,
+        block=place.block,
+        device=stored.device,
+        dtype=dtype,
     )
     site.shape = _shape(site, module, stored)
     return site
@@ -283,12 +294,12 @@ def site_for(place: Place, tensor: str) -> Site:
 
 def _shape(site: Site, module: nn.Module, stored: Tensor) -> tuple[int, ...]:
     if isinstance(site, LinearSite) and hasattr(module, "in_features"):
-        shape = (module.out_features, module.in_features)  # a quantised storage may have another shape of its own
-    elif isinstance(site, _Matrix):
-        shape = tuple(site._matrix(stored).shape)
+        shape = [module.out_features, module.in_features]  # a quantised storage may have another shape of its own
     else:
-        return tuple(stored.shape)
-    return shape if site.rows is None else (*shape[:-2], site.rows.count, shape[-1])
+        shape = list(site.matrix(stored).shape)
+    if site.rows is not None:
+        shape[site.row_axis] = site.rows.count
+    return tuple(shape)
 
 
 def module_site(place: Place, width: int | None) -> Site:
@@ -299,7 +310,12 @@ def module_site(place: Place, width: int | None) -> Site:
     if out is None or fan_in is None:
         raise Unsupported(f"the width of {place.path}'s activations cannot be inferred; target a Linear or a block")
     return ModuleSite(
-        module=module, path=place.path, tensor="", shape=(out, fan_in), role=place.role, block=place.block,
+        module=module,
+        path=place.path,
+        tensor="",
+        shape=(out, fan_in),
+        role=place.role,
+        block=place.block,
         device=torch.device("cpu") if first is None else first.device,
         dtype=torch.float32 if first is None or not first.is_floating_point() else first.dtype,
     )
@@ -346,5 +362,3 @@ def _all_parameters(place: Place, make: Callable[[Place, str], Site]) -> Iterato
         for tensor, value in module._parameters.items():
             if value is not None:
                 yield make(replace(place, path=path, module=module), tensor)
-
-

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from trimtab.core.contracts import ActivationAdapter, Adapter, TokenAdapter
 from trimtab.core.errors import NotMergeable, TrimtabError, raise_all
 from trimtab.core.host import adapted_chain
-from trimtab.core.site import Site, is_quantised
+from trimtab.core.site import Site, dense, is_quantised
 from trimtab.core.state import Group, ModelState, adapter_group, state_of, unwrap
 from trimtab.core.table import Table
 
@@ -20,8 +20,8 @@ __all__ = ["merge", "unmerge"]
 
 PROBE_ROWS = 16
 _INTO = (None, "dequantised", "requantised")
-# type of a quantised storage -> function(dense (out, in), old storage) giving a new storage; filled by trimtab.compat
-REQUANTISERS: list[tuple[Any, Any]] = []
+#: (test of an old storage, function(dense (out, in), old storage) -> new parameter); filled by trimtab.compat
+REQUANTISERS: list[tuple[Callable[[Tensor], bool], Callable[[Tensor, Tensor], nn.Parameter]]] = []
 
 
 @dataclass
@@ -127,9 +127,11 @@ def _targets(state: ModelState, group: Group, into: str | None) -> list[_Target]
     for adapter in group.adapters:
         site = adapter.site
         if isinstance(adapter, TokenAdapter) or (isinstance(adapter, ActivationAdapter) and not adapter.merges):
-            problems.append(NotMergeable(
-                f"{type(adapter.config).__name__} at {site.path} acts on activations and has no weight form; serve it attached"
-            ))
+            problems.append(
+                NotMergeable(
+                    f"{type(adapter.config).__name__} at {site.path} acts on activations and has no weight form; serve it attached"
+                )
+            )
             continue
         target = found.setdefault((id(site.module), site.tensor), _Target(site, []))
         target.chains.append([adapter])
@@ -156,10 +158,12 @@ def _refuse(root: nn.Module, group: Group, targets: list[_Target], ties: dict, u
     problems: list[TrimtabError] = []
     for target in targets:
         if target.key in ties and not untie:
-            problems.append(NotMergeable(
-                f"{target.site.name} is tied to {ties[target.key]}, so that merging {group.name!r} would change both; "
-                "tt.merge(..., untie=True) gives the merged place a tensor of its own"
-            ))
+            problems.append(
+                NotMergeable(
+                    f"{target.site.name} is tied to {ties[target.key]}, so that merging {group.name!r} would change both; "
+                    "tt.merge(..., untie=True) gives the merged place a tensor of its own"
+                )
+            )
         if target.site.is_meta:
             problems.append(NotMergeable(f"{target.site.name} is on the meta device and has no values to merge into"))
     raise_all(problems)
@@ -175,7 +179,7 @@ def _check_target(target: _Target, exact: Tensor, into: str | None, report: Tabl
     stored = site.parameter()
     if not bool(torch.isfinite(exact).all()):
         raise NotMergeable(f"the merged weight of {site.name} holds NaN or infinite values; nothing was written")
-    whole = exact if site.kind == "vector" else site._unmatrix(exact)
+    whole = site.unmatrix(exact)
     if is_quantised(stored):
         new, read = _quantised(site, whole, into)
     else:
@@ -183,13 +187,17 @@ def _check_target(target: _Target, exact: Tensor, into: str | None, report: Tabl
         read = new
     kept = read.to(exact.dtype).reshape(whole.shape)
     before = adapted_chain(site, [], dtype=exact.dtype)
-    error = (kept if site.kind == "vector" else site._matrix(kept)) - exact
+    error = site.matrix(kept) - exact
     update = (exact - before).norm().item()
     output = _output_error(exact, error)
     norm = error.norm().item()
     report.add(
-        site.path if site.tensor == "weight" else f"{site.path}.{site.tensor}", "x".join(map(str, exact.shape)),
-        str(stored.dtype).removeprefix("torch."), error.abs().max().item(), norm / update if update else float(norm > 0), output,
+        site.path if site.tensor == "weight" else f"{site.path}.{site.tensor}",
+        "x".join(map(str, exact.shape)),
+        str(stored.dtype).removeprefix("torch."),
+        error.abs().max().item(),
+        norm / update if update else float(norm > 0),
+        output,
     )
     if max_error is not None and output > max_error:
         raise NotMergeable(
@@ -224,8 +232,10 @@ def _quantised(site: Site, whole: Tensor, into: str | None) -> tuple[nn.Paramete
     for test, requantise in REQUANTISERS:
         if test(site.parameter()):
             new = requantise(whole.to(site.dtype), site.parameter())
-            return new, new.dequantize()
-    raise NotMergeable(f'{site.name}: no way is known to requantise a {type(site.parameter()).__name__}; use into="dequantised"')
+            return new, dense(new, site.module)
+    raise NotMergeable(
+        f'{site.name}: no way is known to requantise a {type(site.parameter()).__name__}; use into="dequantised"'
+    )
 
 
 def _write(state: ModelState, name: str, target: _Target, new: Tensor, *, own: bool, keep: bool) -> None:

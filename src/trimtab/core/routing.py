@@ -150,7 +150,12 @@ def _signature(chain: Chain) -> tuple:
                 f"share there ({site.kind} place); run one batch an adapter, or target other places"
             )
     return tuple(
-        (type(a), a.config, a.site.slot, tuple((k, v.shape, v.dtype) for k, v in (*a.named_parameters(), *a.named_buffers())))
+        (
+            type(a),
+            a.config,
+            a.site.slot,
+            tuple((k, v.shape, v.dtype) for k, v in (*a.named_parameters(), *a.named_buffers())),
+        )
         for a in chain
     )
 

@@ -19,6 +19,7 @@ kind           module                                    matrix (out, in)       
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,33 +33,35 @@ from trimtab.core.errors import Unsupported
 __all__ = ["Cohort", "Operation", "Rows", "Site", "base_class", "dense", "register_storage"]
 
 # (test, dequantise) pairs for weights whose class does not offer ``dequantize()``; filled by trimtab.compat
-_STORAGES: list[tuple[Callable[[Tensor], bool], Callable[[Tensor], Tensor]]] = []
+_STORAGES: list[tuple[Callable[[Tensor], bool], Callable[[Tensor, nn.Module], Tensor]]] = []
 
 
-def register_storage(test: Callable[[Tensor], bool], dequantise: Callable[[Tensor], Tensor]) -> None:
-    """Teach sites to read a quantised storage: ``dequantise(t)`` gives the dense ``(out, in)`` tensor if ``test(t)``."""
+def register_storage(test: Callable[[Tensor], bool], dequantise: Callable[[Tensor, nn.Module], Tensor]) -> None:
+    """Teach sites to read a quantised storage: ``dequantise(t, module)`` gives the dense ``(out, in)`` if ``test(t)``."""
     _STORAGES.append((test, dequantise))
+
+
+def _storage(tensor: Tensor) -> Callable[[Tensor, nn.Module], Tensor] | None:
+    if not _STORAGES:
+        import trimtab.compat.quantised  # noqa: F401  registers what it knows; a plain weight never gets here
+    return next((dequantise for test, dequantise in _STORAGES if test(tensor)), None)
 
 
 def is_quantised(tensor: Tensor) -> bool:
     """Whether ``tensor`` stores something else than its own floating-point values."""
     if type(tensor) in (nn.Parameter, Tensor):
         return not tensor.is_floating_point()
-    return any(test(tensor) for test, _ in _STORAGES) or (
-        type(tensor).__module__.startswith("torchao") and hasattr(tensor, "dequantize")
-    )
+    return _storage(tensor) is not None
 
 
-def dense(tensor: Tensor) -> Tensor:
-    """``tensor`` itself, or its dequantised values if it is a quantised storage."""
+def dense(tensor: Tensor, module: nn.Module) -> Tensor:
+    """``tensor`` itself, or its dequantised values if it is a quantised storage of ``module``'s."""
     if not is_quantised(tensor):
         return tensor
-    for test, dequantise in _STORAGES:
-        if test(tensor):
-            return dequantise(tensor)
-    if hasattr(tensor, "dequantize"):
-        return tensor.dequantize()
-    raise Unsupported(f"a weight of dtype {tensor.dtype} and class {type(tensor).__name__} cannot be dequantised")
+    dequantise = _storage(tensor)
+    if dequantise is None:
+        raise Unsupported(f"a weight of dtype {tensor.dtype} and class {type(tensor).__name__} cannot be dequantised")
+    return dequantise(tensor, module)
 
 
 def base_class(module: nn.Module) -> type[nn.Module]:
@@ -217,6 +220,12 @@ class Site(Operation):
         """Whether the site has shapes only (dry run, planning, loading)."""
         return self.device.type == "meta"
 
+    def shapes_only(self) -> Site:
+        """The same site on the meta device: adapters built on it have shapes and no values."""
+        twin = copy.copy(self)
+        twin.device = torch.device("meta")
+        return twin
+
     def parameter(self) -> Tensor:
         """The base's own parameter, as it is stored."""
         return self.module._parameters[self.tensor]  # type: ignore[return-value]
@@ -224,10 +233,6 @@ class Site(Operation):
     def dequantize(self) -> Tensor:
         """The dense base matrix ``(out, in)``, detached from no graph; the storage itself if it is dense already."""
         return self.weight
-
-    def write(self, weight: Tensor) -> Tensor:
-        """The whole parameter's value, in its own layout, with this site's matrix replaced by ``weight`` (out, in)."""
-        raise NotImplementedError
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

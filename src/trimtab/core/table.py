@@ -54,14 +54,19 @@ class Table:
             gap = (f"... {len(shown) - 2 * half} more", *[""] * (len(self.columns) - 1))
             shown = [*shown[:half], gap, *shown[-half:]]
         if self.sums and self.rows:
-            shown.append(tuple(
-                _text(self.total(c)) if c in self.sums else ("total" if i == 0 else "") for i, c in enumerate(self.columns)
-            ))
+            shown.append(
+                tuple(
+                    _text(self.total(c)) if c in self.sums else ("total" if i == 0 else "")
+                    for i, c in enumerate(self.columns)
+                )
+            )
         lines = [self.columns, *shown]
         widths = [max(len(line[i]) for line in lines) for i in range(len(self.columns))]
         numeric = [bool(self.rows) and all(isinstance(v, (int, float)) for v in self.column(c)) for c in self.columns]
         text = [
-            "  ".join(cell.rjust(w) if right else cell.ljust(w) for cell, w, right in zip(line, widths, numeric, strict=True)).rstrip()
+            "  ".join(
+                cell.rjust(w) if right else cell.ljust(w) for cell, w, right in zip(line, widths, numeric, strict=True)
+            ).rstrip()
             for line in lines
         ]
         text.insert(1, "  ".join("-" * w for w in widths))
