@@ -1,0 +1,113 @@
+"""MiSS and Bone: one small matrix shared by all blocks of the input.
+
+``W'[o, i] = W[o, i] + D[i mod r, o]`` with ``D`` (r, out) at zero, so training starts at the base; hence
+``y = base(x) + S D`` with ``S`` the sum of ``x`` over its blocks of r features. The last block may be ragged. It is LoRA
+with ``B = D^T`` and a frozen ``A = [I I ... I]``, of rank at most r. No scale. Source: arXiv 2409.15371, v12 Eq. 4-7 (MiSS);
+v4 calls the same layer Bone. Trainable: ``r out``; with ``mini``: ``r mini``. Saved for backward: r numbers a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from trimtab.core.contracts import MethodConfig, Reparameterization
+from trimtab.core.errors import ShapeMismatch
+from trimtab.core.registry import method
+from trimtab.core.site import Operation, Site
+from trimtab.kernels.beside import beside
+from trimtab.kernels.blocksum import BlockSum, block_sum, tile
+from trimtab.kernels.divisors import nearest_divisors
+from trimtab.kernels.mode import fused
+
+__all__ = ["Bone", "BoneAdapter", "MiSS", "MiSSAdapter"]
+
+
+@dataclass(frozen=True)
+class Bone(MethodConfig):
+    """One shared block of size (rank, out): a single matrix a layer, the least memory of the low-rank methods.
+
+    Not for places with few outputs and many inputs when parameters are short: it costs ``rank * out`` whatever ``in`` is.
+
+    Args:
+        rank: r, the block size and the largest rank of the update; at most ``in``.
+        dropout: probability of zeroing an entry of the branch's input while training; above 0 a mask is saved too.
+    """
+
+    rank: int = 64
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.require_rank(self.rank)
+        self.require_probability("dropout", self.dropout)
+
+
+@dataclass(frozen=True)
+class MiSS(Bone):
+    """Matrix shard sharing: Bone's layer, with a ``mini`` form whose block repeats along the outputs too.
+
+    Args:
+        rank: r, the block size and the largest rank of the update; at most ``in``.
+        dropout: probability of zeroing an entry of the branch's input while training.
+        mini: period along the output axis; the trainable block is (rank, mini). None: no repetition. Must divide ``out``.
+    """
+
+    mini: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.mini is None or (isinstance(self.mini, int) and self.mini >= 1),
+                     f"mini must be None or an integer of at least 1, found {self.mini!r}")
+
+
+@method(Bone, paper="arXiv:2409.15371 v4 (additive)", tests=({"rank": 4}, {"rank": 5}))
+class BoneAdapter(Reparameterization):
+    """The shared block ``d`` (r, out), or (r, mini)."""
+
+    fast = frozenset({"linear"})
+    needs_weight = False
+
+    def __init__(self, config: Bone, site: Site, *, rng: torch.Generator):
+        super().__init__(config, site)
+        self.d = self.zeros(config.rank, getattr(config, "mini", None) or site.out_features)
+
+    @classmethod
+    def check(cls, config: Bone, site: Site) -> None:
+        out, fan_in = site.shape[-2:]
+        if config.rank > fan_in:
+            raise ShapeMismatch(
+                f"rank {config.rank} is larger than the {fan_in} inputs of {site.name}, so that rows of its block would "
+                f"never learn; use at most {fan_in}"
+            )
+        mini = getattr(config, "mini", None)
+        if mini and out % mini:
+            raise ShapeMismatch(
+                f"mini={mini} does not divide the {out} outputs of {site.name}; nearest divisors: {nearest_divisors(out, mini)}"
+            )
+
+    def block(self) -> Tensor:
+        """``D`` (r, out)."""
+        out = self.site.out_features
+        return self.d if self.d.shape[-1] == out else self.d.repeat(1, out // self.d.shape[-1])
+
+    def weight(self, W: Tensor) -> Tensor:
+        return W + tile(self.block(), W.shape[-1])
+
+    def forward(self, x: Tensor, base: Operation) -> Tensor:
+        p = self.config.dropout * self.training
+        if p == 0 and fused():
+            return beside(BlockSum(self.config.rank), x, base, self.block())
+        s = block_sum(F.dropout(x, p) if p else x, self.config.rank)
+        return base(x) + base.project(s, self.block().transpose(-1, -2))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        d = self.block()
+        return d.t(), tile(torch.eye(d.shape[0], dtype=d.dtype, device=d.device), self.site.in_features)
+
+
+@method(MiSS, paper="arXiv:2409.15371 v12 Eq. 4-7", tests=({"rank": 4}, {"rank": 5}, {"rank": 3, "mini": 2}))
+class MiSSAdapter(BoneAdapter):
+    """Bone's layer under its later name."""

@@ -1,0 +1,31 @@
+"""Unfreeze: parameters of the targeted modules learn as they are, as in plain fine-tuning, but beside the base.
+
+``W' = value``, started at ``W``: the base keeps its own tensor, the adapter holds a copy that learns, so that it can be
+switched, saved alone, merged and taken off as any other adapter. Trainable: all parameters of the targets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trimtab.core.contracts import MethodConfig, Selection
+from trimtab.core.registry import method
+
+__all__ = ["Unfreeze", "UnfreezeAdapter"]
+
+
+@dataclass(frozen=True)
+class Unfreeze(MethodConfig):
+    """Every parameter at and below the targeted modules learns; default the head.
+
+    For a new classifier head beside another method, or for full fine-tuning of some blocks. A target may also name one
+    tensor (``targets="model.norm.weight"``). It stores a full copy of what it unfreezes: for large matrices use LoRA.
+    """
+
+
+@method(Unfreeze, paper="plain fine-tuning")
+class UnfreezeAdapter(Selection):
+    """One parameter of a targeted module, as a value of its own."""
+
+    targets = "head"
+    tensors = None
