@@ -291,14 +291,13 @@ def _read_tensors(folder: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
 
 def _rebuild(root: nn.Module, manifest: dict[str, Any]) -> list[Adapter]:
     """Adapters with shapes only, for every place in the manifest."""
-    modules = dict(root.named_modules())
     cohorts: dict[str, Cohort] = {}
     problems: list[TrimtabError] = []
     adapters = []
     rng = torch.Generator()
     for entry in manifest["places"]:
         try:
-            site = _site(modules, entry)
+            site = _site(root, entry)
             site.cohort = cohorts.setdefault(json.dumps(entry["method"], sort_keys=True), Cohort())
             adapters.append((site, config_from_dict(entry["method"])))
             site.cohort.sites.append(site)
@@ -315,14 +314,26 @@ def shapes_only(config: Any, site: Site, rng: torch.Generator) -> Adapter:
     return adapter
 
 
-def _site(modules: dict[str, nn.Module], entry: dict[str, Any]) -> Site:
+def find_module(root: nn.Module, path: str) -> nn.Module:
+    """The module at ``path``; its cost does not depend on how many adapters are on the model.
+
+    Raises:
+        NoMatch: there is none; the message has the nearest paths.
+    """
+    try:
+        return root.get_submodule(path)
+    except AttributeError:
+        known = [name for name, _ in root.named_modules() if "trimtab" not in name.split(".")]
+        raise NoMatch(f"the adapter acts on {path}, which this model does not have{nearest(path, known)}") from None
+
+
+def _site(root: nn.Module, entry: dict[str, Any]) -> Site:
     path, tensor = entry["path"], entry["tensor"]
-    if path not in modules:
-        raise NoMatch(f"the adapter acts on {path}, which this model does not have{nearest(path, modules)}")
+    module = find_module(root, path)
     rows = Rows(*entry["rows"]) if "rows" in entry else None
     place = Place(
         path=path,
-        module=modules[path],
+        module=module,
         tensor=tensor or None,
         part=entry.get("part"),
         rows=rows,
@@ -331,7 +342,7 @@ def _site(modules: dict[str, nn.Module], entry: dict[str, Any]) -> Site:
     )
     if not tensor:
         site = module_site(place, entry["shape"][-1])
-    elif modules[path]._parameters.get(tensor) is None:
+    elif module._parameters.get(tensor) is None:
         raise NoMatch(f"the adapter acts on the parameter {tensor!r} of {path}, which this model does not have")
     else:
         site = site_for(place, tensor)

@@ -78,10 +78,10 @@ def _scan() -> None:
     global _SCANNED
     if _SCANNED:
         return
-    _SCANNED = True
     package = importlib.import_module("trimtab.methods")
     for found in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
         importlib.import_module(found.name)
+    _SCANNED = True
 
 
 def entries() -> list[MethodEntry]:

@@ -1,0 +1,532 @@
+"""What users of other libraries suffered (the list of regression tests in the field notes), one small test each."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import trimtab as tt
+
+
+class Layer(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.attn = nn.Module()
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            self.attn.add_module(name, nn.Linear(width, width))
+        self.up_proj, self.down_proj = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a = self.attn
+        x = x + a.o_proj(torch.tanh(a.q_proj(x)) * a.k_proj(x) + a.v_proj(x))
+        return x + self.down_proj(torch.relu(self.up_proj(self.norm(x))))
+
+
+class Net(nn.Module):
+    """A small hand-written net with the field's usual names."""
+
+    def __init__(self, width: int = 16, depth: int = 2, tied: bool = False):
+        super().__init__()
+        self.embed = nn.Embedding(11, width)
+        self.layers = nn.ModuleList([Layer(width) for _ in range(depth)])
+        self.lm_head = nn.Linear(width, 11, bias=False)
+        if tied:
+            self.lm_head.weight = self.embed.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.lm_head(x)
+
+
+IDS = torch.arange(12).reshape(3, 4) % 11
+
+
+def net(seed: int = 0, **more) -> Net:
+    torch.manual_seed(seed)
+    return Net(**more)
+
+
+def shake(model: nn.Module, name: str = "default") -> None:
+    with torch.no_grad():
+        for p in tt.parameters(model, name):
+            p.add_(torch.randn_like(p) * 0.1)
+
+
+# -- selection
+
+
+@pytest.mark.parametrize("targets", ["q_proj | FAKE", ["q_proj", "FAKE"], "attn.q | atn.v", r".*\.qq_proj"])
+def test_a_typo_in_a_selector_raises_and_changes_nothing(targets) -> None:
+    model = net()
+    before = list(model.state_dict())
+    with pytest.raises(tt.NoMatch, match="nearest|exists|there"):
+        tt.attach(model, tt.LoRA(rank=2), targets=targets)
+    assert list(model.state_dict()) == before
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_typo_in_an_override_raises() -> None:
+    with pytest.raises(tt.NoMatch):
+        tt.attach(net(), tt.LoRA(rank=2), targets="q_proj", overrides={"q_prj": tt.LoRA(rank=4)})
+    with pytest.raises(tt.NoMatch, match="override"):
+        tt.attach(net(), tt.LoRA(rank=2), targets="q_proj", overrides={"v_proj": tt.LoRA(rank=4)})
+
+
+def test_overrides_and_layers_reach_what_they_name() -> None:
+    model = net()
+    table = tt.attach(
+        model, tt.LoRA(rank=2), targets="q_proj | v_proj", layers=[1], overrides={"v_proj": tt.LoRA(rank=4)}, dry_run=True
+    )
+    assert [(row["path"], row["parameters"]) for row in table] == [
+        ("layers.1.attn.q_proj", 2 * 32),
+        ("layers.1.attn.v_proj", 4 * 32),
+    ]
+    with pytest.raises(tt.NoMatch):
+        tt.attach(model, tt.LoRA(rank=2), targets="q_proj", layers=[2])
+
+
+def test_dry_run_changes_nothing() -> None:
+    model = net()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    table = tt.attach(model, tt.LoRA(rank=2), dry_run=True)
+    assert table.total("parameters") > 0
+    assert list(model.state_dict()) == list(before)
+    assert not any("trimtab" in name for name in vars(model))
+    real = tt.attach(model, tt.LoRA(rank=2))
+    assert real.records() == table.records()
+
+
+# -- trainability
+
+
+def test_frozen_stays_frozen_whatever_happens(tmp_path) -> None:
+    model = net()
+    tt.attach(model, tt.LoRA(rank=2), name="frozen", trainable=False)
+    tt.attach(model, tt.LoRA(rank=2), name="learns")
+
+    def flags() -> tuple:
+        state = model.__dict__["_trimtab_state"]
+        return tuple(
+            all(p.requires_grad is learns for a in state.groups[name].adapters for p in a.parameters())
+            for name, learns in (("frozen", False), ("learns", True))
+        )
+
+    with tt.disabled(model):
+        assert flags() == (True, True)
+    tt.save(model, tmp_path / "x", name="frozen")
+    tt.load(model, tmp_path / "x", name="third")
+    tt.activate(model, "frozen")
+    tt.activate(model, "frozen", "learns")
+    model.train().eval()
+    assert flags() == (True, True)
+    assert {id(p) for p in tt.parameters(model)} == {id(p) for p in model.parameters() if p.requires_grad}
+    assert tt.parameters(model, "third") == []
+
+
+def test_loading_b_never_touches_a(tmp_path) -> None:
+    model = net()
+    tt.attach(model, tt.LoRA(rank=2), name="a")
+    shake(model, "a")
+    tt.save(model, tmp_path / "b", name="a")
+    values = [p.clone() for p in tt.parameters(model, "a")]
+    before = model(IDS)
+    tt.load(model, tmp_path / "b", name="b")
+    assert torch.equal(model(IDS), before)
+    assert all(torch.equal(v, p) for v, p in zip(values, tt.parameters(model, "a"), strict=True))
+
+
+def test_first_step_says_when_a_declared_parameter_gets_no_gradient() -> None:
+    model = net()
+    tt.attach(model, tt.LoRA(rank=2), targets="q_proj | o_proj")
+    optimizer = torch.optim.SGD(tt.parameters(model), lr=0.1)
+    model.layers[0](model.embed(IDS)).sum().backward()  # the second layer is not reached
+    with pytest.raises(tt.GradientMismatch, match=r"layers\.1\.attn"):
+        optimizer.step()
+
+
+def test_first_step_says_when_an_undeclared_parameter_learns() -> None:
+    model = net()
+    tt.attach(model, tt.LoRA(rank=2), targets="q_proj")
+    model.lm_head.requires_grad_(True)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(IDS).sum().backward()
+    with pytest.raises(tt.GradientMismatch, match=r"lm_head\.weight.*Unfreeze"):
+        optimizer.step()
+
+
+def test_extending_an_adapter_saves_both_parts_together(tmp_path) -> None:
+    model = net()
+    tt.attach(model, tt.LoRA(rank=2), targets="q_proj", name="task")
+    tt.attach(model, tt.Unfreeze(), targets="lm_head", name="task")
+    shake(model, "task")
+    tt.save(model, tmp_path, name="task")
+    fresh = net()
+    tt.load(fresh, tmp_path)
+    assert torch.equal(fresh(IDS), model(IDS))
+    with pytest.raises(tt.Unsupported, match="already acts"):
+        tt.attach(model, tt.LoRA(rank=2), targets="q_proj", name="task")
+
+
+# -- merging
+
+
+def test_fifty_bf16_rounds_are_bitwise_identical() -> None:
+    model = net().to(torch.bfloat16)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    tt.attach(model, tt.LoRA(rank=4))
+    shake(model)
+    for _ in range(50):
+        tt.merge(model, "default")
+        tt.unmerge(model, "default")
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
+
+
+def test_merge_error_is_reported_and_bounded_in_bf16() -> None:
+    model = net(width=64).to(torch.bfloat16)
+    tt.attach(model, tt.LoRA(rank=4))
+    shake(model)
+    report = tt.merge(model, "default")
+    assert len(report) == 12
+    assert all(0 < row["output error"] < 2**-8 for row in report)
+    tt.unmerge(model, "default")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(tt.NotMergeable, match="max_error"):
+        tt.merge(model, "default", max_error=1e-6)
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
+
+
+def test_merged_adapters_must_be_unmerged_first() -> None:
+    model = net()
+    tt.attach(model, tt.LoRA(rank=2), name="a")
+    tt.attach(model, tt.LoRA(rank=2), name="b")
+    tt.merge(model, "a")
+    tt.merge(model, "b")
+    for call in (lambda: tt.activate(model, "b"), lambda: tt.detach(model, "a"), lambda: tt.merge(model, "a")):
+        with pytest.raises((tt.Unsupported, tt.NotMergeable), match="merged"):
+            call()
+    with pytest.raises(tt.NotMergeable, match="on top"):
+        tt.unmerge(model, "a")
+
+
+def test_permanent_merge_leaves_an_ordinary_model() -> None:
+    model = net().eval()
+    tt.attach(model, tt.LoRA(rank=2))
+    shake(model)
+    adapted = model(IDS)
+    tt.merge(model, "default", permanent=True)
+    assert torch.allclose(model(IDS), adapted, atol=1e-5)
+    assert {type(m) for m in model.modules()} == {type(m) for m in net().modules()}
+    assert list(model.state_dict()) == list(net().state_dict())
+
+
+def test_nan_in_an_adapter_is_neither_merged_nor_saved(tmp_path) -> None:
+    model = net()
+    tt.attach(model, tt.LoRA(rank=2))
+    tt.save(model, tmp_path)
+    good = sorted((f.name, f.read_bytes()) for f in tmp_path.iterdir())
+    with torch.no_grad():
+        tt.parameters(model)[0].fill_(float("nan"))
+    with pytest.raises(tt.NotMergeable, match="NaN"):
+        tt.merge(model, "default")
+    with pytest.raises(tt.CheckpointMismatch, match="NaN"):
+        tt.save(model, tmp_path)
+    assert sorted((f.name, f.read_bytes()) for f in tmp_path.iterdir()) == good
+
+
+# -- tied weights
+
+
+def test_tied_embedding_survives_merge_save_and_load(tmp_path) -> None:
+    model = net(tied=True).eval()
+    tt.attach(model, tt.LoRA(rank=2), targets="embed")
+    shake(model)
+    adapted = model(IDS)
+    tt.save(model, tmp_path)
+    with pytest.raises(tt.NotMergeable, match="tied"):
+        tt.merge(model, "default")
+    assert model.lm_head.weight is model.embed.weight
+    tt.merge(model, "default", untie=True)
+    assert torch.allclose(model(IDS), adapted, atol=1e-5)
+    tt.unmerge(model, "default")
+    assert model.lm_head.weight is model.embed.weight
+    assert torch.allclose(model(IDS), adapted, atol=1e-5)
+    fresh = net(tied=True).eval()
+    tt.load(fresh, tmp_path)
+    assert torch.allclose(fresh(IDS), adapted, atol=1e-6)
+
+
+def test_a_tied_tensor_that_learns_is_one_site() -> None:
+    with pytest.raises(tt.Unsupported, match="tied"):
+        tt.attach(net(tied=True), tt.Unfreeze(), targets=["embed", "lm_head"])
+
+
+# -- bad input
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: tt.LoRA(rank=0), lambda: tt.LoRA(rank=-1), lambda: tt.LoRA(rank=2.5), lambda: tt.LoRA(dropout=1.0)]
+)
+def test_impossible_hyperparameters(make) -> None:
+    with pytest.raises(ValueError, match="LoRA"):
+        make()
+
+
+def test_rank_larger_than_the_matrix_names_every_place_at_once() -> None:
+    model = net()
+    with pytest.raises(tt.ShapeMismatch, match=r"(?s)4 problems.*rank 17.*layers\.0\.attn\.q_proj.*layers\.1"):
+        tt.attach(model, tt.LoRA(rank=17), targets="q_proj | k_proj")
+    assert list(model.state_dict()) == list(net().state_dict())
+
+
+def test_unknown_method_and_hyperparameter() -> None:
+    with pytest.raises(AttributeError):
+        tt.Lora  # noqa: B018
+    with pytest.raises(tt.NoMatch, match="LoRA"):
+        tt.get("Lora")
+    with pytest.raises(tt.NoMatch, match="rank"):
+        tt.core.registry.config_from_dict({"name": "LoRA", "rnak": 2})
+
+
+def test_nan_base_weights_are_found_at_attach() -> None:
+    model = net()
+    with torch.no_grad():
+        model.layers[1].attn.q_proj.weight[0, 0] = float("nan")
+    with pytest.raises(tt.ShapeMismatch, match=r"layers\.1\.attn\.q_proj.*NaN"):
+        tt.attach(model, tt.LoRA(rank=2))
+
+
+# -- checkpoints
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = net()
+    tt.attach(model, tt.LoRA(rank=2))
+    shake(model)
+    tt.save(model, tmp_path / "a")
+    return tmp_path / "a"
+
+
+def tensors_file(folder):
+    return next(folder.glob("*.safetensors"))
+
+
+def test_base_weights_are_never_inside(saved) -> None:
+    from safetensors.torch import load_file
+
+    base = set(net().state_dict())
+    assert not base & set(load_file(tensors_file(saved)))
+
+
+def test_an_adapter_for_another_base_is_refused(saved) -> None:
+    with pytest.raises(tt.CheckpointMismatch, match="another base"):
+        tt.load(net(seed=1), saved)
+    with pytest.raises(tt.ShapeMismatch, match="made for"):
+        tt.load(net(width=32), saved)
+    with pytest.raises(tt.NoMatch, match=r"layers\.1"):
+        tt.load(net(depth=1), saved)
+    assert tt.load(net(seed=1), saved, check_base=False) == "default"
+    assert tt.load(net().to(torch.bfloat16), saved) == "default"
+
+
+@pytest.mark.parametrize("size", [0, 7, 100, -1])
+def test_a_truncated_file_is_refused(saved, size) -> None:
+    file = tensors_file(saved)
+    file.write_bytes(file.read_bytes()[:size])
+    model = net()
+    with pytest.raises(tt.CheckpointMismatch, match=file.name):
+        tt.load(model, saved)
+    assert list(model.state_dict()) == list(net().state_dict())
+
+
+def test_a_tampered_byte_and_a_tampered_manifest_are_refused(saved) -> None:
+    file = tensors_file(saved)
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(tt.CheckpointMismatch, match="SHA-256"):
+        tt.load(net(), saved)
+    file.write_bytes(whole)
+    manifest = json.loads((saved / "manifest.json").read_text())
+    manifest["places"][0]["method"]["rank"] = 4
+    (saved / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(tt.CheckpointMismatch, match="changed"):
+        tt.load(net(), saved)
+    (saved / "manifest.json").write_text("{")
+    with pytest.raises(tt.CheckpointMismatch, match="damaged"):
+        tt.load(net(), saved)
+
+
+def test_unknown_and_missing_tensors_are_refused(saved) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from trimtab.core.checkpoint import _hash, _seal
+
+    def rewrite(tensors) -> None:
+        file = tensors_file(saved)
+        save_file(tensors, file)
+        manifest = json.loads((saved / "manifest.json").read_text())
+        manifest["sha256"] = _hash(file)
+        manifest["seal"] = _seal(manifest)
+        (saved / "manifest.json").write_text(json.dumps(manifest))
+
+    tensors = load_file(tensors_file(saved))
+    rewrite(tensors | {"stranger": torch.zeros(1)})
+    with pytest.raises(tt.CheckpointMismatch, match="stranger"):
+        tt.load(net(), saved)
+    key = next(iter(tensors))
+    rewrite({k: v for k, v in tensors.items() if k != key})
+    with pytest.raises(tt.CheckpointMismatch, match="lacks"):
+        tt.load(net(), saved)
+
+
+def test_an_interrupted_save_leaves_the_old_adapter_whole(saved, monkeypatch) -> None:
+    model = net()
+    tt.load(model, saved)
+    expected = model(IDS)
+    other = net()
+    tt.attach(other, tt.LoRA(rank=3))
+    real = os.replace
+    for stop_at in (1, 2):
+        calls = []
+
+        def replace(a, b, calls=calls, stop_at=stop_at):
+            calls.append(b)
+            if len(calls) == stop_at:
+                raise KeyboardInterrupt
+            real(a, b)
+
+        monkeypatch.setattr(os, "replace", replace)
+        with pytest.raises(KeyboardInterrupt):
+            tt.save(other, saved)
+        monkeypatch.setattr(os, "replace", real)
+        again = net()
+        tt.load(again, saved)
+        assert torch.equal(again(IDS), expected)
+    tt.save(other, saved)
+    assert len(list(saved.glob("*.safetensors"))) == 1
+
+
+@pytest.mark.parametrize("name", ["lora", "a.b", "weight", "forward", "ß 適", "trimtab", "%2E", "0"])
+def test_any_name_works(name, tmp_path) -> None:
+    model = net()
+    tt.attach(model, tt.LoRA(rank=2), name=name)
+    shake(model, name)
+    tt.save(model, tmp_path / "x", name=name)
+    fresh = net()
+    assert tt.load(fresh, tmp_path / "x") == name
+    assert torch.equal(fresh(IDS), model(IDS))
+    tt.detach(fresh, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtype_round_trip(dtype, tmp_path) -> None:
+    model = net()
+    tt.attach(model, tt.LoRA(rank=2), dtype=dtype)
+    tt.save(model, tmp_path)
+    fresh = net()
+    tt.load(fresh, tmp_path)
+    state = fresh.__dict__["_trimtab_state"]
+    assert {p.dtype for a in state.groups["default"].adapters for p in a.parameters()} == {dtype}
+
+
+# -- cost that does not grow
+
+
+def python_calls(work) -> int:
+    count = 0
+
+    def tick(frame, event, arg) -> None:
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(tick)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def test_the_hundredth_load_costs_what_the_first_did(saved) -> None:
+    model = net()
+    tt.attach(model, tt.LoRA(rank=2), name="own")
+    costs = [python_calls(lambda i=i: tt.load(model, saved, name=f"n{i}")) for i in range(100)]
+    assert costs[-1] <= 1.1 * costs[0]
+    switching = [python_calls(lambda i=i: tt.activate(model, f"n{i}")) for i in (0, 99)]
+    assert switching[1] <= 1.1 * switching[0]
+
+
+class Count(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.n = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.n += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_operations_of_a_mixed_batch_do_not_grow_with_its_adapters() -> None:
+    model = net().eval()
+    for i in range(8):
+        tt.attach(model, tt.LoRA(rank=2), name=f"n{i}")
+        shake(model, f"n{i}")
+    ids = torch.arange(32).reshape(8, 4) % 11
+    counts = []
+    for distinct in (2, 8):
+        with torch.no_grad(), tt.routed(model, [f"n{i % distinct}" for i in range(8)]), Count() as count:
+            model(ids)
+        counts.append(count.n)
+    assert counts[0] == counts[1]
+
+
+def test_import_is_light() -> None:
+    code = "import sys, torch; before=set(sys.modules); import trimtab; print(sorted({m.split('.')[0] for m in set(sys.modules)-before}))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert not set(eval(found)) & {"transformers", "accelerate", "datasets", "pydantic", "typer", "rich", "matplotlib", "peft"}
+
+
+def test_hosts_may_run_in_several_threads() -> None:
+    model = net().eval()
+    tt.attach(model, tt.LoRA(rank=2))
+    shake(model)
+    expected, found = model(IDS), []
+    threads = [threading.Thread(target=lambda: found.append(model(IDS))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(y, expected) for y in found)
+    assert len(found) == 4
+
+
+def test_the_transformer_encoders_inference_shortcut_sees_adapters() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True).eval()
+    x = torch.randn(2, 3, 16)
+    tt.attach(layer, tt.LoRA(rank=2), targets="linear1")
+    shake(layer)
+    with_grad = layer(x)
+    with torch.no_grad():
+        assert torch.allclose(layer(x), with_grad, atol=1e-6)
+
+
+def test_wrappers_are_looked_through(tmp_path) -> None:
+    model = net()
+    tt.attach(model, tt.LoRA(rank=2))
+    wrapped = nn.DataParallel(model)
+    assert len(tt.parameters(wrapped)) == len(tt.parameters(model))
+    tt.save(wrapped, tmp_path)
+    with pytest.raises(tt.Unsupported, match="tt.attach"):
+        tt.summary(net())
