@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core.errors import CheckpointMismatch
-from trimtab.core.site import Site, dense
+from trimtab.core.site import Site, dense, gathered
 
 __all__ = ["compare", "take"]
 
@@ -45,7 +45,7 @@ def _original(root: nn.Module, site: Site) -> Tensor:
 
 
 def _sample(stored: Tensor, module: nn.Module) -> Tensor:
-    flat = dense(stored, module).detach().reshape(-1)
+    flat = gathered(dense(stored, module).detach()).reshape(-1)
     where = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), device=flat.device).long()
     return flat[where].double().cpu()
 

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from trimtab.core.errors import Unsupported
 
-__all__ = ["Cohort", "Operation", "Rows", "Site", "base_class", "dense", "register_storage"]
+__all__ = ["Cohort", "Operation", "Rows", "Site", "base_class", "dense", "gathered", "is_quantised", "register_storage"]
 
 # (test, dequantise) pairs for weights whose class does not offer ``dequantize()``; filled by trimtab.compat
 _STORAGES: list[tuple[Callable[[Tensor], bool], Callable[[Tensor, nn.Module], Tensor]]] = []
@@ -62,6 +62,11 @@ def dense(tensor: Tensor, module: nn.Module) -> Tensor:
     if dequantise is None:
         raise Unsupported(f"a weight of dtype {tensor.dtype} and class {type(tensor).__name__} cannot be dequantised")
     return dequantise(tensor, module)
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole of a sharded tensor (a collective call: every process must come here), or ``tensor`` itself."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def base_class(module: nn.Module) -> type[nn.Module]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from trimtab.core.contracts import Adapter
 from trimtab.core.errors import NoMatch, Unsupported, nearest
 from trimtab.core.host import CHILD, Host
+from trimtab.core.site import gathered
 
 __all__ = ["Group", "ModelState", "adapter_group", "state_of", "unwrap"]
 
@@ -124,5 +125,5 @@ def tensors_of(group: Group) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for adapter in group.adapters:
         for key, value in adapter.state_dict(keep_vars=True).items():
-            found[f"{adapter.site.path}.{adapter.site.slot}.{key}"] = value.detach()
+            found[f"{adapter.site.path}.{adapter.site.slot}.{key}"] = gathered(value.detach())
     return found
