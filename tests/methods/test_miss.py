@@ -8,7 +8,9 @@ from structured_places import Opaque, assert_law, build, count, gradients, layer
 from torch import nn
 
 from trimtab.core.errors import ShapeMismatch
-from trimtab.kernels.blocksum import block_sum, tile
+from trimtab.kernels.beside import beside
+from trimtab.kernels.blocksum import BlockSum, block_sum, tile
+from trimtab.kernels.dropout import keep_mask, keep_rate
 from trimtab.methods.reparameterized.miss import Bone, MiSS
 
 D = torch.float64
@@ -117,6 +119,20 @@ def test_dropout_drops_inputs_of_the_branch_alone():
     assert not torch.allclose(dropped[0], dropped[1])
     adapter.eval()
     torch.testing.assert_close(dropped.mean(0), adapter(x, place)[0], atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("width", [12, 13])
+def test_dropout_kernel_is_a_fixed_mask_on_the_branch(width):
+    """With its seed fixed the rule is ``base(x) + blocksum(x * mask / keep) D``, in value and gradients; it keeps S alone."""
+    place, rule = site(layer(6, width)), BlockSum(4, 0.25, seed=11)
+    x = torch.randn(7, width, dtype=D, requires_grad=True)
+    d = torch.randn(4, 6, dtype=D, requires_grad=True)
+    mask = keep_mask(11, 0.25, x.detach()) / keep_rate(0.25)
+    want, got = place(x) + block_sum(x * mask, 4) @ d, beside(rule, x, place, d)
+    torch.testing.assert_close(got, want)
+    for g, w in zip(gradients(got, [x, d]), gradients(want, [x, d]), strict=True):
+        torch.testing.assert_close(g, w)
+    assert saved_bytes(lambda: beside(rule, x, place, d), place.module.weight, place.module.bias, d) == 7 * 4 * 8
 
 
 @pytest.mark.parametrize(("width", "r"), [(12, 4), (13, 4), (3, 3), (7, 5)])

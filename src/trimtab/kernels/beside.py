@@ -19,12 +19,17 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from trimtab.core.site import Operation
+from trimtab.kernels.mode import compute_dtype, fused
 
-__all__ = ["Rule", "beside", "compute_dtype"]
+__all__ = ["Rule", "beside"]
 
 
 class Rule:
     """How one method adds to an output. All tensors are of the compute dtype; activations are ``(tokens, features)``."""
+
+    def map(self, x: Tensor, *params: Tensor) -> Tensor:
+        """``f(x; params)`` on ``(..., in)`` by plain operations out of place: what compiles and maps over rows."""
+        raise NotImplementedError
 
     def keep(self, x: Tensor) -> Tensor | None:
         """What of ``x`` backward needs; None keeps ``x`` itself."""
@@ -48,19 +53,17 @@ class Rule:
         raise NotImplementedError
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that a linear layer computes in on ``x``: autocast's if it is on, else ``x``'s own."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
 def beside(rule: Rule, x: Tensor, base: Operation, *params: Tensor) -> Tensor:
     """``base(x) + f(x; params)`` for a linear place, by ``rule``; ``x`` of shape ``(..., in)``."""
-    W = base.dense
-    if W is None or W.requires_grad:  # quantised, adapted before, or learning itself: its own forward, then the sum
+    dtype = compute_dtype(x)
+    if not fused(x, *params):
         y = base(x)
-        return y + _Beside.apply(rule, compute_dtype(x), base.out_features, x, None, None, *params)
-    return _Beside.apply(rule, compute_dtype(x), base.out_features, x, W, base.bias, *params)
+        return y + rule.map(x.to(dtype), *(p.to(dtype) for p in params)).to(y.dtype)
+    W = base.dense
+    if W is None or W.requires_grad or not fused(W):  # quantised, adapted before, sharded, or learning itself
+        y = base(x)
+        return y + _Beside.apply(rule, dtype, base.out_features, x, None, None, *params).to(y.dtype)
+    return _Beside.apply(rule, dtype, base.out_features, x, W, base.bias, *params)
 
 
 class _Beside(torch.autograd.Function):
@@ -68,7 +71,7 @@ class _Beside(torch.autograd.Function):
     def forward(
         ctx: Any, rule: Rule, dtype: torch.dtype, out: int, x: Tensor, W: Tensor | None, bias: Tensor | None, *params: Tensor
     ) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1]).to(dtype)
+        flat = x.reshape(-1, x.shape[-1]).to(dtype).contiguous()
         if W is None:
             y = flat.new_zeros(flat.shape[0], out)
         else:
@@ -84,8 +87,8 @@ class _Beside(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, W, *params = ctx.saved_tensors
         dtype, x_dtype, bias_dtype = ctx.dtypes
-        dy = dy.reshape(-1, dy.shape[-1])
-        x = x.reshape(-1, x.shape[-1]).to(dtype)
+        dy = dy.reshape(-1, dy.shape[-1]).contiguous()
+        x = x.reshape(-1, x.shape[-1]).to(dtype).contiguous()
         _, _, _, needs_x, _, needs_bias, *needs = ctx.needs_input_grad
         gx = None
         if needs_x:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trimtab.kernels.beside import Rule
+from trimtab.kernels.dropout import keep_rate, masks
 
 __all__ = ["BlockSum", "block_sum", "tile"]
 
@@ -28,14 +29,39 @@ def tile(d: Tensor, width: int) -> Tensor:
     return d.transpose(-1, -2).repeat(*(1 for _ in d.shape[:-1]), -(-width // r))[..., :width]
 
 
+def _spread(gx: Tensor, u: Tensor) -> None:
+    """The block sum's transpose, in place: every block of ``gx`` (tokens, in) gets ``u`` (tokens, r) added."""
+    r = u.shape[1]
+    blocks, tail = divmod(gx.shape[1], r)
+    gx[:, : blocks * r].unflatten(1, (blocks, r)).add_(u[:, None, :])
+    if tail:
+        gx[:, blocks * r :].add_(u[:, :tail])
+
+
 @dataclass(frozen=True)
 class BlockSum(Rule):
-    """``y += S D`` with ``D`` (r, out). Keeps ``S`` (tokens, r) and not ``x``."""
+    """``y += S D`` with ``D`` (r, out) and ``S`` the block sum of ``drop(x)``. Keeps ``S`` (tokens, r) and not ``x``.
+
+    Attributes:
+        r: block size.
+        p: dropout of ``x``; its mask comes from ``seed`` in both directions and is never kept.
+        seed: seed of the mask.
+    """
 
     r: int
+    p: float = 0.0
+    seed: int = 0
+
+    def map(self, x: Tensor, d: Tensor) -> Tensor:
+        return block_sum(F.dropout(x, self.p) if self.p else x, self.r) @ d
 
     def keep(self, x: Tensor) -> Tensor:
-        return block_sum(x, self.r)
+        if self.p == 0:
+            return block_sum(x, self.r)
+        s = x.new_empty(x.shape[0], self.r)
+        for rows, mask in masks(self.seed, self.p, x):
+            s[rows] = block_sum(mask.mul_(x[rows]), self.r)
+        return s.div_(keep_rate(self.p))
 
     def add_(self, y: Tensor, x: Tensor, kept: Tensor, d: Tensor) -> None:
         y.addmm_(kept, d)
@@ -44,9 +70,11 @@ class BlockSum(Rule):
         self, dy: Tensor, x: Tensor, gx: Tensor | None, needs: Sequence[bool], d: Tensor
     ) -> tuple[Tensor | None, ...]:
         if gx is not None:
-            u = dy @ d.t()  # (tokens, r): the same vector goes to every block of the input
-            blocks, tail = divmod(gx.shape[1], self.r)
-            gx[:, : blocks * self.r].unflatten(1, (blocks, self.r)).add_(u[:, None, :])
-            if tail:
-                gx[:, blocks * self.r :].add_(u[:, :tail])
+            u = dy @ d.t()
+            if self.p == 0:
+                _spread(gx, u)
+            else:
+                u.div_(keep_rate(self.p))
+                for rows, mask in masks(self.seed, self.p, gx):
+                    gx[rows].add_(mask.mul_(u[rows].repeat(1, -(-gx.shape[1] // self.r))[:, : gx.shape[1]]))
         return (x.t() @ dy if needs[0] else None,)

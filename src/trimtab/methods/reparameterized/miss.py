@@ -12,15 +12,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from trimtab.core.contracts import MethodConfig, Reparameterization
 from trimtab.core.errors import ShapeMismatch
 from trimtab.core.registry import method
 from trimtab.core.site import Operation, Site
 from trimtab.kernels.beside import beside
-from trimtab.kernels.blocksum import BlockSum, block_sum, tile
+from trimtab.kernels.blocksum import BlockSum, tile
 from trimtab.kernels.divisors import nearest_divisors
+from trimtab.kernels.dropout import draw_seed
 from trimtab.kernels.mode import fused
 
 __all__ = ["Bone", "BoneAdapter", "MiSS", "MiSSAdapter"]
@@ -34,7 +34,7 @@ class Bone(MethodConfig):
 
     Args:
         rank: r, the block size and the largest rank of the update; at most ``in``.
-        dropout: probability of zeroing an entry of the branch's input while training; above 0 a mask is saved too.
+        dropout: probability of zeroing an entry of the branch's input while training.
     """
 
     rank: int = 64
@@ -98,10 +98,8 @@ class BoneAdapter(Reparameterization):
 
     def forward(self, x: Tensor, base: Operation) -> Tensor:
         p = self.config.dropout * self.training
-        if p == 0 and fused():
-            return beside(BlockSum(self.config.rank), x, base, self.block())
-        s = block_sum(F.dropout(x, p) if p else x, self.config.rank)
-        return base(x) + base.project(s, self.block().transpose(-1, -2))
+        seed = draw_seed() if p and fused(x) else 0  # a seed is a number on the host: not for a traced graph
+        return beside(BlockSum(self.config.rank, p, seed), x, base, self.block())
 
     def factors(self) -> tuple[Tensor, Tensor]:
         d = self.block()

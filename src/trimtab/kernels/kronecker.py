@@ -1,0 +1,84 @@
+"""Kronecker updates ``dW = w1 (x) w2`` on activations; the product is never formed.
+
+With ``x`` viewed as ``X`` (i1, i2) a token, ``dW x`` is ``w1 X w2^T`` (o1, o2). If ``w2 = R L`` the three contractions are
+``L`` first, ``w1`` on the thin side, ``R`` last; a full ``w2`` goes first or last, whichever takes fewer multiplications.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trimtab.kernels.beside import Rule
+
+__all__ = ["Kronecker", "kron", "plan"]
+
+
+def kron(w1: Tensor, w2: Tensor) -> Tensor:
+    """``w1 (x) w2``: (o1, i1), (o2, i2) -> (o1 o2, i1 i2)."""
+    return (w1[:, None, :, None] * w2[None, :, None, :]).reshape(w1.shape[0] * w2.shape[0], w1.shape[1] * w2.shape[1])
+
+
+def plan(o1: int, i1: int, o2: int, i2: int, rank: int | None) -> str:
+    """The cheapest order of contractions a token: ``"thin"`` (through the rank), ``"w2 first"`` or ``"w1 first"``."""
+    costs = {"w2 first": i1 * o2 * (i2 + o1), "w1 first": o1 * i2 * (i1 + o2)}
+    if rank is not None:
+        costs["thin"] = rank * (i1 * i2 + o1 * i1 + o1 * o2)
+    return min(costs, key=costs.__getitem__)
+
+
+@dataclass(frozen=True)
+class Kronecker(Rule):
+    """``y += vec(w1 X L^T R^T)``; parameters ``w1`` (o1, i1), then ``L`` (k, i2) if ``left``, then ``R`` (o2, k) if ``right``."""
+
+    o1: int
+    i1: int
+    left: bool
+    right: bool
+
+    def map(self, x: Tensor, w1: Tensor, *w2: Tensor) -> Tensor:
+        left, right = self._split(w2)
+        h = x.unflatten(-1, (self.i1, -1))
+        h = h if left is None else h @ left.transpose(-1, -2)
+        m = w1 @ h
+        return (m if right is None else m @ right.transpose(-1, -2)).flatten(-2)
+
+    def add_(self, y: Tensor, x: Tensor, kept: Tensor | None, w1: Tensor, *w2: Tensor) -> None:
+        left, right = self._split(w2)
+        m = torch.matmul(w1, self._thin(x, left))
+        if right is None:
+            y.view(m.shape).add_(m)
+        else:
+            y.view(-1, right.shape[0]).addmm_(m.view(-1, m.shape[-1]), right.t())
+
+    def pull(
+        self, dy: Tensor, x: Tensor, gx: Tensor | None, needs: Sequence[bool], w1: Tensor, *w2: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        left, right = self._split(w2)
+        n, last = x.shape[0], self.right and needs[-1]
+        rows = dy.view(n * self.o1, -1)
+        e = (rows if right is None else rows @ right).view(n, self.o1, -1)  # gradient of m = w1 h
+        h = self._thin(x, left) if needs[0] or last else None
+        g1 = torch.bmm(e, h.transpose(1, 2)).sum(0) if needs[0] else None
+        grads = [g1]
+        gh = torch.matmul(w1.t(), e).view(n * self.i1, -1)
+        flat = x.view(n * self.i1, -1)
+        if left is not None:
+            grads.append(gh.t() @ flat if needs[1] else None)
+        if right is not None:
+            grads.append(rows.t() @ torch.matmul(w1, h).view(n * self.o1, -1) if last else None)
+        if gx is not None:
+            gx = gx.view(flat.shape)
+            gx.add_(gh) if left is None else gx.addmm_(gh, left)
+        return tuple(grads)
+
+    def _split(self, w2: tuple[Tensor, ...]) -> tuple[Tensor | None, Tensor | None]:
+        return (w2[0] if self.left else None), (w2[-1] if self.right else None)
+
+    def _thin(self, x: Tensor, left: Tensor | None) -> Tensor:
+        """``X L^T``: (tokens, i1, k)."""
+        blocks = x.view(x.shape[0], self.i1, -1)
+        return blocks if left is None else (blocks.view(-1, blocks.shape[-1]) @ left.t()).view(x.shape[0], self.i1, -1)
