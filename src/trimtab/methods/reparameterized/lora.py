@@ -2,6 +2,8 @@
 
 ``W' = W + (alpha / r) B A`` with ``A`` (r, in), ``B`` (out, r); ``A`` starts Kaiming-uniform (a = sqrt 5), ``B`` at
 zero, so training starts at the base. Source: arXiv 2106.09685, Eq. 3. Trainable: ``r (in + out)``.
+
+``LowRank`` is the layer that every method with one pair of factors shares; the methods differ in scale and start.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from trimtab.core.registry import method
 from trimtab.core.site import Operation, Site
 from trimtab.kernels.lowrank import low_rank
 
-__all__ = ["LoRA", "LoRAAdapter"]
+__all__ = ["LoRA", "LoRAAdapter", "LowRank", "check_rank", "start_bound"]
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,24 @@ class LoRA(MethodConfig):
         return (2 * self.rank if self.alpha is None else self.alpha) / self.rank
 
 
-@method(LoRA, paper="arXiv:2106.09685 Eq. 3", tests=({"rank": 2}, {"rank": 3, "alpha": 1.5}))
-class LoRAAdapter(Reparameterization):
-    """Factors ``a`` (r, in) and ``b`` (out, r)."""
+def check_rank(rank: int, site: Site, *, least: int = 1) -> None:
+    """Raise ``ShapeMismatch`` if the site's matrix is smaller than ``least * rank`` on either axis."""
+    limit = min(site.shape[-2:])
+    if least * rank > limit:
+        what = f"rank {rank}" if least == 1 else f"{least} times the rank {rank}"
+        raise ShapeMismatch(
+            f"{what} is larger than the matrix {tuple(site.shape[-2:])} of {site.name} allows; "
+            f"use a rank of at most {limit // least}"
+        )
+
+
+def start_bound(site: Site) -> float:
+    """Bound of A's uniform start: 1/sqrt(fan_in), with a fan-in of 1 for an embedding, whose input is one-hot."""
+    return 1.0 if site.kind == "embedding" else 1 / math.sqrt(site.shape[-1])
+
+
+class LowRank(Reparameterization):
+    """Factors ``a`` (r, in) and ``b`` (out, r), ``W' = W + scale * b a``; the config has ``rank``, ``scale``, ``dropout``."""
 
     fast = frozenset({"linear", "conv", "embedding"})
     needs_weight = False
@@ -56,16 +73,12 @@ class LoRAAdapter(Reparameterization):
     def __init__(self, config: LoRA, site: Site, *, rng: torch.Generator):
         super().__init__(config, site)
         out, fan_in = site.shape
-        self.a = self.uniform(config.rank, fan_in, bound=1 / math.sqrt(fan_in), rng=rng)
+        self.a = self.uniform(config.rank, fan_in, bound=start_bound(site), rng=rng)
         self.b = self.zeros(out, config.rank)
 
     @classmethod
     def check(cls, config: LoRA, site: Site) -> None:
-        if config.rank > min(site.shape[-2:]):
-            raise ShapeMismatch(
-                f"rank {config.rank} is larger than the matrix {tuple(site.shape[-2:])} of {site.name}; "
-                f"use at most {min(site.shape[-2:])}"
-            )
+        check_rank(config.rank, site)
 
     def weight(self, W: Tensor) -> Tensor:
         return W + self.config.scale * (self.b @ self.a)
@@ -75,3 +88,8 @@ class LoRAAdapter(Reparameterization):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.config.scale * self.b, self.a
+
+
+@method(LoRA, paper="arXiv:2106.09685 Eq. 3", tests=({"rank": 2}, {"rank": 3, "alpha": 1.5}))
+class LoRAAdapter(LowRank):
+    """``LowRank`` with the scale ``alpha / r``."""

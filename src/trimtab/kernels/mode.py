@@ -1,0 +1,33 @@
+"""When a custom autograd Function may run, and in which dtype it computes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+__all__ = ["compute_dtype", "fused"]
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def fused(*tensors: Tensor | None) -> bool:
+    """Whether a hand-written Function is right here; otherwise a kernel runs its plain composition of torch operations.
+
+    The plain form serves ``torch.compile`` (which fuses by itself), the function transforms (vmap, grad, jvp: a Function
+    would need a rule for each), forward-mode derivatives, and tensor subclasses (DTensor, FakeTensor).
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._functorch.maybe_current_level() is None
+        and forward_ad._current_level < 0
+        and all(tensor is None or type(tensor) in _PLAIN for tensor in tensors)
+    )
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a matrix product of ``x`` runs: autocast's if it is on (float64 is exempt from it), else ``x``'s."""
+    kind = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
