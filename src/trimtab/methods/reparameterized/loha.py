@@ -1,8 +1,9 @@
 """LoHa: the Hadamard product of two low-rank products beside the frozen weight.
 
-``W' = W + (alpha / r) (w1a w1b) * (w2a w2b)`` with ``w1a, w2a`` (out, r) and ``w1b, w2b`` (r, in). Its rank is up to
-r^2. ``w2b`` starts at zero, the others Kaiming-uniform (a = sqrt 5), so training starts at the base. Source: FedPara, arXiv 2108.06098, Prop. 1;
-the start is peft's. Trainable: ``2 r (in + out)``. Saved for backward: ``x`` alone, in both forms (kernels/hadamard.py).
+``W' = W + (alpha / r) (w1a w1b) * (w2a w2b)`` with ``w1a, w2a`` (out, r) and ``w1b, w2b`` (r, in). Its rank is up to r^2.
+``w2b`` starts at zero, the others Kaiming-uniform (a = sqrt 5), so training starts at the base. Source: FedPara,
+arXiv 2108.06098, Prop. 1; the start is peft's. Trainable: ``2 r (in + out)``. Saved for backward: ``x`` alone, in both forms
+(kernels/hadamard.py).
 """
 
 from __future__ import annotations
