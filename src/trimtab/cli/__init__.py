@@ -44,8 +44,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: without the program's name; None reads them from the command line.
     """
-    import click
-
     from trimtab.core.errors import TrimtabError
 
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -54,19 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = [argument for argument in given if argument != "--debug"]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        code = _app()(given, standalone_mode=False)
+        _app()(given)
     except TrimtabError as error:
         if debug:
             raise
         print(f"trimtab: {error}", file=sys.stderr)
         return 2
-    except click.exceptions.Abort:
-        return 130
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    return code if isinstance(code, int) else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    except SystemExit as finished:  # how typer ends, with the exit code of usage errors and interrupts
+        return finished.code if isinstance(finished.code, int) else 0
+    return 0

@@ -19,7 +19,8 @@ def curve_of(log_history: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
     entries = []
     for entry in log_history:
         if "loss" in entry or "eval_loss" in entry:
-            entries.append({key: value for key, value in entry.items() if not key.endswith(timings)})
+            # in one order, whether the log stayed in memory or went through a checkpoint
+            entries.append({key: entry[key] for key in sorted(entry) if not key.endswith(timings)})
     return entries
 
 

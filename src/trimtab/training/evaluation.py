@@ -20,7 +20,7 @@ from trimtab.training.config import TrainConfig, load_config, to_yaml
 from trimtab.training.errors import RunError
 from trimtab.training.run import ADAPTER, CONFIG, INFO
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = ["Evaluation", "evaluate", "forward_all"]
 
 
 @dataclass
@@ -65,7 +65,7 @@ def evaluate(
     bundle = task.restore(config, info, on if inputs is None else list(inputs))
     load(bundle.model, folder / ADAPTER, name=config.adapter)
     split, examples = next(iter(bundle.splits.items()))
-    outputs, loss = _forward(bundle, examples, config.eval_batch_size)
+    outputs, loss = forward_all(bundle, examples, config.eval_batch_size)
     metrics = {}
     if loss is not None:
         labels = np.array([example["labels"] for example in examples])
@@ -93,7 +93,7 @@ def _open(path: Path) -> tuple[Path, TrainConfig]:
 
 
 @torch.inference_mode()
-def _forward(bundle: Bundle, examples: list[dict[str, Any]], batch_size: int) -> tuple[np.ndarray, float | None]:
+def forward_all(bundle: Bundle, examples: list[dict[str, Any]], batch_size: int) -> tuple[np.ndarray, float | None]:
     """Raw outputs in the order of ``examples``, and the mean loss if they have labels; similar lengths run together."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     model = bundle.model.to(device).eval()

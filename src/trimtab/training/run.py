@@ -106,11 +106,10 @@ def train(
     metrics = (*task.metrics, "loss")
     if resolved.metric not in metrics:
         raise ConfigError(f"the task {task.name} has no metric {resolved.metric!r}{nearest(resolved.metric, metrics)}")
-    if not overwrite:
-        _check_folder(output, resolved)
-        if (output / RESULT).is_file():
-            console.print(f"the run in {output} is complete; overwrite it to train again")
-            return _read_result(output)
+    _check_folder(output, resolved, overwrite=overwrite)
+    if (output / RESULT).is_file() and not overwrite:
+        console.print(f"the run in {output} is complete; overwrite it to train again")
+        return _read_result(output)
     _set_up(resolved)
     bundle = task.prepare(resolved)
     check_finite(bundle.model, resolved.model)
@@ -143,13 +142,15 @@ def _set_up(config: TrainConfig) -> None:
         set_seed(config.seed)
 
 
-def _check_folder(output: Path, config: TrainConfig) -> None:
-    """Refuse a folder with another run, or with something that is no run."""
+def _check_folder(output: Path, config: TrainConfig, *, overwrite: bool) -> None:
+    """Refuse a folder with another run, unless it is to be overwritten, and one with something that is no run."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     stored = output / CONFIG
     if not stored.is_file():
         raise RunError(f"the output {output} exists and holds no trimtab run; choose another output, or empty it")
+    if overwrite:
+        return
     earlier = load_config(stored).model_dump()
     ours = config.model_dump()
     differing = [key for key in ours if key != "output" and ours[key] != earlier.get(key)]

@@ -1,0 +1,71 @@
+"""The command line: commands are found, errors are one sentence with exit code 2, --debug shows the traceback."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tiny_text import settings
+from trimtab.cli import commands, main
+from trimtab.core.errors import TrimtabError
+
+
+def test_every_file_is_a_command():
+    import importlib
+
+    assert {"train", "eval"} <= set(commands())
+    for name, module in commands().items():
+        assert (importlib.import_module(module).command.__doc__ or "").strip(), f"{name} has no help"
+
+
+def test_help_lists_the_commands(capsys: pytest.CaptureFixture):
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "train" in shown and "eval" in shown
+
+
+def test_an_error_is_a_sentence_and_exit_code_2(capsys: pytest.CaptureFixture):
+    assert main(["train", "no-such-file.yaml"]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith("trimtab: there is no configuration file no-such-file.yaml") and shown.err.count("\n") == 1
+    assert "Traceback" not in shown.err + shown.out
+
+
+def test_debug_raises(capsys: pytest.CaptureFixture):
+    with pytest.raises(TrimtabError):
+        main(["train", "no-such-file.yaml", "--debug"])
+
+
+def test_unknown_command_and_option(capsys: pytest.CaptureFixture):
+    assert main(["trian"]) == 2
+    assert main(["train", "--nope"]) == 2
+    assert "trian" in capsys.readouterr().err
+
+
+def test_train_then_eval_in_a_new_process(tmp_path: Path):
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(settings(tmp_path, epochs=1)))
+
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "trimtab.cli", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+
+    trained = run("train", "c.yaml", "epochs=2", "method.rank=2")
+    assert trained.returncode == 0, trained.stderr
+    assert "rank: 2" in trained.stdout and "learning curve" in trained.stdout
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["epochs"] == 2
+    evaluated = run("eval", "run", "--predictions", "p.jsonl")
+    assert evaluated.returncode == 0, evaluated.stderr
+    expected = json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]["test"]["accuracy"]
+    assert f"accuracy {expected:.4f}" in evaluated.stdout
+    predictions = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert len(predictions) == 12 and set(predictions[0]) == {"label", "probability"}
+    asked = run("eval", "c.yaml", "--text", "tree cat", "--text", "road blue")
+    assert asked.returncode == 0 and "tree cat" in asked.stdout and "road blue" in asked.stdout
+    again = run("train", "c.yaml", "epochs=3")
+    assert again.returncode == 2
+    assert "epochs = 2.0 there, 3.0 now" in again.stderr and "Traceback" not in again.stderr
