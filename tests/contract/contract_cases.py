@@ -200,9 +200,7 @@ class Case:
         torch.manual_seed(seed)
         return self.kind.inputs(dtype)
 
-    def attach(
-        self, model: nn.Module, *, name: str = "default", seed: int = 2, moved: bool = True, **more: object
-    ) -> None:
+    def attach(self, model: nn.Module, *, name: str = "default", seed: int = 2, moved: bool = True, **more: object) -> None:
         """Attach; ``moved`` takes the parameters a random step away from their start."""
         more.setdefault("targets", list(self.targets) if self.targets else None)
         if self.adapter.needs_gradient:

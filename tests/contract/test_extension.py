@@ -67,9 +67,7 @@ class PromptAdapter(tt.TokenAdapter):
 
 def net() -> nn.Module:
     torch.manual_seed(0)
-    return nn.TransformerEncoder(
-        nn.TransformerEncoderLayer(12, 2, 16, 0.0, batch_first=True), 2, enable_nested_tensor=False
-    )
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(12, 2, 16, 0.0, batch_first=True), 2, enable_nested_tensor=False)
 
 
 @pytest.mark.parametrize("config", [Gain(), Shift(), Prompt()], ids=lambda c: type(c).__name__)

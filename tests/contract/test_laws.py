@@ -229,9 +229,7 @@ def test_switching_and_disabling(case: Case) -> None:
     assert torch.equal(out(model, x), only_b)
 
 
-@pytest.mark.parametrize(
-    "case", [p for p in WEIGHT if p.values[0].kind.name in ("linear", "conv2d", "embedding", "bank")]
-)
+@pytest.mark.parametrize("case", [p for p in WEIGHT if p.values[0].kind.name in ("linear", "conv2d", "embedding", "bank")])
 def test_two_adapters_compose_in_order(case: Case) -> None:
     model, x = case.model(torch.float64).eval(), case.inputs(torch.float64)
     case.attach(model, name="a", seed=2)
@@ -309,9 +307,7 @@ def test_half_precision_trains(case: Case) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "case", [p for p in ALL if p.values[0].kind.name in ("linear", "fused part", "packed", "conv2d")]
-)
+@pytest.mark.parametrize("case", [p for p in ALL if p.values[0].kind.name in ("linear", "fused part", "packed", "conv2d")])
 def test_fullgraph_compile_without_recompiling_on_a_switch(case: Case) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
 

@@ -101,9 +101,7 @@ def parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
     return list(found.values())
 
 
-def effective_weight(
-    model: nn.Module, path: str, name: str | Sequence[str] | None = None, *, tensor: str | None = None
-) -> Tensor:
+def effective_weight(model: nn.Module, path: str, name: str | Sequence[str] | None = None, *, tensor: str | None = None) -> Tensor:
     """The adapted weight at ``path``, dense, ``(out, in)`` (a bank: ``(experts, out, in)``), detached.
 
     Args:

@@ -76,10 +76,7 @@ def attach(
     if dry_run:
         return _table(
             name,
-            [
-                (site, config, build_adapter(config, site.shapes_only(), _generator(None)))
-                for config, site in assignments
-            ],
+            [(site, config, build_adapter(config, site.shapes_only(), _generator(None))) for config, site in assignments],
         )
     _calibrate(root, assignments, loss)
     generator = _generator(rng)
@@ -137,9 +134,7 @@ def plan_sites(
     return _without_ties(found)
 
 
-def _select(
-    root: nn.Module, method: MethodConfig, targets: Targets, layers: Sequence[int] | None, anatomy: Any
-) -> list[Place]:
+def _select(root: nn.Module, method: MethodConfig, targets: Targets, layers: Sequence[int] | None, anatomy: Any) -> list[Place]:
     cls = type(method).adapter_class
     leaves: Callable[[nn.Module], bool] | None = None
     containers = False
@@ -148,9 +143,7 @@ def _select(
     elif cls.tensors is not None:
         names = cls.tensors
         leaves = lambda module: any(module._parameters.get(tensor) is not None for tensor in names)  # noqa: E731
-    return select(
-        root, targets, layers=layers, anatomy=anatomy, default=cls.targets, leaves=leaves, containers=containers
-    )
+    return select(root, targets, layers=layers, anatomy=anatomy, default=cls.targets, leaves=leaves, containers=containers)
 
 
 def _width(anatomy: Any) -> int | None:
@@ -167,9 +160,7 @@ def _without_ties(assignments: list[Assignment]) -> list[Assignment]:
         other = seen.setdefault(id(site.parameter()), site)
         if other is not site:
             problems.append(
-                Unsupported(
-                    f"{site.name} and {other.name} are one tied tensor; target one of them for {type(config).__name__}"
-                )
+                Unsupported(f"{site.name} and {other.name} are one tied tensor; target one of them for {type(config).__name__}")
             )
     raise_all(problems)
     return assignments
@@ -190,17 +181,13 @@ def _check(root: nn.Module, assignments: list[Assignment], name: str) -> None:
     if not isinstance(name, str) or not name:
         problems.append(Unsupported(f"an adapter's name is a non-empty text, found {name!r}"))
     state = root.__dict__.get("_trimtab_state")
-    taken = (
-        {(a.site.path, a.site.slot) for a in state.groups[name].adapters} if state and name in state.groups else set()
-    )
+    taken = {(a.site.path, a.site.slot) for a in state.groups[name].adapters} if state and name in state.groups else set()
     if state and name in state.groups and state.groups[name].merged:
         problems.append(Unsupported(f"the adapter {name!r} is merged; tt.unmerge it before extending it"))
     for config, site in assignments:
         if (site.path, site.slot) in taken:
             problems.append(
-                Unsupported(
-                    f"the adapter {name!r} already acts on {site.name}; choose another name, or tt.detach it first"
-                )
+                Unsupported(f"the adapter {name!r} already acts on {site.name}; choose another name, or tt.detach it first")
             )
             continue
         try:
@@ -222,9 +209,7 @@ def _finite(site: Site) -> bool:
     stored = site.parameter()
     if type(stored) is not nn.Parameter:
         return True
-    return bool(
-        torch.isfinite(stored.detach().sum(dtype=torch.float64 if stored.device.type == "cpu" else torch.float32))
-    )
+    return bool(torch.isfinite(stored.detach().sum(dtype=torch.float64 if stored.device.type == "cpu" else torch.float32)))
 
 
 def _calibrate(root: nn.Module, assignments: list[Assignment], loss: Callable[[nn.Module], Tensor] | None) -> None:
@@ -244,9 +229,7 @@ def _generator(rng: torch.Generator | None) -> torch.Generator:
     return rng if rng is not None else torch.Generator().manual_seed(int(torch.randint(2**62, ())))
 
 
-def mount_group(
-    root: nn.Module, name: str, adapters: list[Adapter], *, trainable: bool, check_gradients: bool = True
-) -> Group:
+def mount_group(root: nn.Module, name: str, adapters: list[Adapter], *, trainable: bool, check_gradients: bool = True) -> Group:
     """Put built adapters beneath their modules under ``name`` and freeze the base. Used by attach and load."""
     first = "_trimtab_state" not in root.__dict__
     state = state_of(root, create=True)
@@ -289,9 +272,7 @@ def detach(model: nn.Module, name: str) -> None:
     state = state_of(root)
     group = adapter_group(state, name)
     if group.merged:
-        raise Unsupported(
-            f"the adapter {name!r} is merged into the base; tt.unmerge(model, {name!r}) before detaching it"
-        )
+        raise Unsupported(f"the adapter {name!r} is merged into the base; tt.unmerge(model, {name!r}) before detaching it")
     remove_group(root, name)
 
 

@@ -68,9 +68,7 @@ def save(model: nn.Module, path: str | os.PathLike, *, name: str | None = None, 
         "version": VERSION,
         "name": group.name,
         "places": [_place_entry(adapter) for adapter in group.adapters],
-        "tensors": {
-            key: {"shape": list(v.shape), "dtype": str(v.dtype).removeprefix("torch.")} for key, v in tensors.items()
-        },
+        "tensors": {key: {"shape": list(v.shape), "dtype": str(v.dtype).removeprefix("torch.")} for key, v in tensors.items()},
         "aliases": aliases,
         "base": fingerprint.take(root, [adapter.site for adapter in group.adapters]),
     }
@@ -128,9 +126,7 @@ def install(
     """Fill adapters that have shapes only with stored tensors, then mount them. Used by every format's reader."""
     state = state_of(root, create=False) if "_trimtab_state" in root.__dict__ else None
     if state is not None and name in state.groups:
-        raise Unsupported(
-            f"an adapter named {name!r} is attached already; load it with name=..., or tt.detach it first"
-        )
+        raise Unsupported(f"an adapter named {name!r} is attached already; load it with name=..., or tt.detach it first")
     _fill(adapters, tensors, source)
     mount_group(root, name, adapters, trainable=trainable)
     state = state_of(root)
@@ -150,9 +146,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(file.read_text("utf-8"))
     except FileNotFoundError:
-        inside = (
-            ", ".join(sorted(p.name for p in Path(folder).iterdir())) if Path(folder).is_dir() else "no such folder"
-        )
+        inside = ", ".join(sorted(p.name for p in Path(folder).iterdir())) if Path(folder).is_dir() else "no such folder"
         raise CheckpointMismatch(
             f"{folder} holds no trimtab adapter: there is no {MANIFEST} (found: {inside or 'nothing'})"
         ) from None
@@ -161,12 +155,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != "trimtab":
         raise CheckpointMismatch(f"{file} is not a trimtab manifest")
     if not isinstance(manifest.get("version"), int) or manifest["version"] > VERSION:
-        raise CheckpointMismatch(
-            f"{file} has version {manifest.get('version')!r}; this trimtab reads up to {VERSION}: upgrade it"
-        )
-    missing = [
-        key for key in ("name", "places", "tensors", "aliases", "base", "file", "sha256", "seal") if key not in manifest
-    ]
+        raise CheckpointMismatch(f"{file} has version {manifest.get('version')!r}; this trimtab reads up to {VERSION}: upgrade it")
+    missing = [key for key in ("name", "places", "tensors", "aliases", "base", "file", "sha256", "seal") if key not in manifest]
     if missing:
         raise CheckpointMismatch(f"{file} is damaged: it lacks {', '.join(missing)}")
     if manifest["seal"] != _seal(manifest):
@@ -194,13 +184,9 @@ def _refuse_bad(tensors: dict[str, Tensor]) -> None:
     problems: list[TrimtabError] = []
     for key, value in tensors.items():
         if value.is_meta or (value.numel() and value.untyped_storage().nbytes() == 0):
-            problems.append(
-                CheckpointMismatch(f"{key} has no values (sharded or on the meta device); gather it before saving")
-            )
+            problems.append(CheckpointMismatch(f"{key} has no values (sharded or on the meta device); gather it before saving"))
         elif value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            problems.append(
-                CheckpointMismatch(f"{key} holds NaN or infinite values; the last good save is left as it is")
-            )
+            problems.append(CheckpointMismatch(f"{key} holds NaN or infinite values; the last good save is left as it is"))
     raise_all(problems)
 
 
@@ -275,9 +261,7 @@ def _read_tensors(folder: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
     if not file.is_file():
         raise CheckpointMismatch(f"{folder} is damaged: its manifest names {manifest['file']}, which is not there")
     if _hash(file) != manifest["sha256"]:
-        raise CheckpointMismatch(
-            f"{file} is damaged or was changed: its SHA-256 is not the manifest's; restore it from a copy"
-        )
+        raise CheckpointMismatch(f"{file} is damaged or was changed: its SHA-256 is not the manifest's; restore it from a copy")
     try:
         tensors = load_file(file)
     except SafetensorError as error:
@@ -373,9 +357,7 @@ def _fill(adapters: list[Adapter], tensors: dict[str, Tensor], source: str) -> N
                 problems.append(CheckpointMismatch(f"{source} lacks {prefix + key}"))
             elif found.shape != wanted.shape:
                 problems.append(
-                    ShapeMismatch(
-                        f"{prefix + key} is {tuple(found.shape)} in {source}, {tuple(wanted.shape)} is needed"
-                    )
+                    ShapeMismatch(f"{prefix + key} is {tuple(found.shape)} in {source}, {tuple(wanted.shape)} is needed")
                 )
             else:
                 # one storage stays one storage

@@ -29,9 +29,7 @@ def take(root: nn.Module, sites: list[Site]) -> dict[str, Any]:
     samples = {}
     for site in keys[::step][:TENSORS]:
         if not site.is_meta:
-            samples[f"{site.path}.{site.tensor}"] = [
-                round(v, 8) for v in _sample(_original(root, site), site.module).tolist()
-            ]
+            samples[f"{site.path}.{site.tensor}"] = [round(v, 8) for v in _sample(_original(root, site), site.module).tolist()]
     return {"class": type(root).__name__, "samples": samples}
 
 

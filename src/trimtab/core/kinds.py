@@ -332,9 +332,7 @@ def sites_of(place: Place, cls: type[Adapter], *, width: int | None = None) -> l
     found = list(_sites(place, cls))
     bad = [site for site in found if site.kind not in cls.kinds]
     if bad:
-        raise Unsupported(
-            f"{cls.__name__} acts on {', '.join(sorted(cls.kinds))} places; {bad[0].name} is of kind {bad[0].kind}"
-        )
+        raise Unsupported(f"{cls.__name__} acts on {', '.join(sorted(cls.kinds))} places; {bad[0].name} is of kind {bad[0].kind}")
     return found
 
 
@@ -347,6 +345,10 @@ def _sites(place: Place, cls: type[Adapter]) -> Iterator[Site]:
                 yield site_for(place, tensor)
     elif place.module._parameters.get("weight") is not None and "vector" not in cls.kinds:
         yield site_for(place, "weight")
+    elif place.rows is not None:
+        for tensor in ("weight", "bias", "in_proj_weight", "in_proj_bias"):
+            if place.module._parameters.get(tensor) is not None:
+                yield site_for(place, tensor)
     else:
         yield from _all_parameters(place, lambda sub, tensor: site_for(sub, tensor))
 

@@ -233,9 +233,7 @@ def _quantised(site: Site, whole: Tensor, into: str | None) -> tuple[nn.Paramete
         if test(site.parameter()):
             new = requantise(whole.to(site.dtype), site.parameter())
             return new, dense(new, site.module)
-    raise NotMergeable(
-        f'{site.name}: no way is known to requantise a {type(site.parameter()).__name__}; use into="dequantised"'
-    )
+    raise NotMergeable(f'{site.name}: no way is known to requantise a {type(site.parameter()).__name__}; use into="dequantised"')
 
 
 def _write(state: ModelState, name: str, target: _Target, new: Tensor, *, own: bool, keep: bool) -> None:

@@ -116,9 +116,7 @@ def _attached(
     config = entry.config(**(entry.tests[0] if entry.tests else {}))
     own = entry.adapter.tensors is not None
     # the first child, or whatever the method's own default finds in it
-    targets = (
-        None if own else (lambda path, module: "." not in path and path != "" and not isinstance(module, nn.LayerNorm))
-    )
+    targets = None if own else (lambda path, module: "." not in path and path != "" and not isinstance(module, nn.LayerNorm))
     for name in names:
         attach(model, config, targets=targets, name=name, loss=lambda m: m(x).float().pow(2).sum())
         with torch.no_grad():

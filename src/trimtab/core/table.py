@@ -55,10 +55,7 @@ class Table:
             shown = [*shown[:half], gap, *shown[-half:]]
         if self.sums and self.rows:
             shown.append(
-                tuple(
-                    _text(self.total(c)) if c in self.sums else ("total" if i == 0 else "")
-                    for i, c in enumerate(self.columns)
-                )
+                tuple(_text(self.total(c)) if c in self.sums else ("total" if i == 0 else "") for i, c in enumerate(self.columns))
             )
         lines = [self.columns, *shown]
         widths = [max(len(line[i]) for line in lines) for i in range(len(self.columns))]

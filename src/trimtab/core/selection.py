@@ -1,0 +1,239 @@
+"""Which places a ``targets`` value means. Every clause must match, otherwise ``NoMatch`` with the nearest names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from trimtab.core import anatomy as anatomy_module
+from trimtab.core.anatomy import Anatomy, is_matrix
+from trimtab.core.errors import NoMatch, TrimtabError, Unsupported, nearest, raise_all
+from trimtab.core.site import Rows
+
+__all__ = ["GROUPS", "ROLES", "Place", "describe", "select"]
+
+ROLES = (
+    "attn.q", "attn.k", "attn.v", "attn.o", "attn.qkv", "attn.kv", "mlp.gate", "mlp.up", "mlp.gate_up", "mlp.down",
+    "norm", "embedding", "head", "block", "conv", "router",
+)  # fmt: skip
+_MATRIX = ("attn.", "mlp.", "linear")
+#: group -> test of a role
+GROUPS: dict[str, Callable[[str], bool]] = {
+    "attention": lambda role: role.startswith("attn."),
+    "mlp": lambda role: role.startswith("mlp."),
+    "linear": lambda role: role.startswith(_MATRIX),
+    "all-linear": lambda role: role.startswith(_MATRIX),
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """A place that a clause matched.
+
+    Attributes:
+        path: dotted path of the module.
+        module: the module.
+        tensor: the parameter, where the module's own matrix is not meant (packed projections, expert banks).
+        part, rows: q, k or v of a fused matrix, and its rows.
+        role: the anatomy's name for it.
+        block: index of its block.
+    """
+
+    path: str
+    module: nn.Module
+    tensor: str | None = None
+    part: str | None = None
+    rows: Rows | None = None
+    role: str | None = None
+    block: int | None = None
+
+    @property
+    def key(self) -> tuple[str, str | None, str | None]:
+        """What tells two places apart."""
+        return self.path, self.tensor, self.part
+
+
+Targets = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
+
+
+def select(
+    model: nn.Module,
+    targets: Targets,
+    *,
+    layers: Sequence[int] | None = None,
+    anatomy: Anatomy | None = None,
+    default: str = "linear",
+    leaves: Callable[[nn.Module], bool] | None = None,
+    containers: bool = False,
+) -> list[Place]:
+    """The places that ``targets`` means, in model order, each once.
+
+    A clause is tried as a role or group of roles (``attn.q``, ``attention``), then as a name or dotted suffix, then as a
+    regular expression that must match a path or a dotted suffix of it in full. A clause that names a container means the
+    places below it.
+
+    Args:
+        targets: clauses joined by ``|``, a list of them, a callable ``(path, module) -> bool``, or None for ``default``.
+        layers: block indices to stay within.
+        leaves: what counts as a place; None: modules with a matrix, packed projections, expert banks.
+        containers: take a matched module itself, even if it is no leaf.
+
+    Raises:
+        NoMatch: clauses that match nothing, all together.
+        Unsupported: a fused matrix is selected both whole and in part.
+    """
+    anatomy = anatomy or anatomy_module.of(model)
+    problems: list[TrimtabError] = []
+    allowed = _layers(anatomy, layers, problems)
+    raise_all(problems)
+    search = _Search(anatomy, leaves, containers, allowed)
+    value = default if targets is None else targets
+    found: dict[tuple, Place] = {}
+    if callable(value):
+        hits = [place for path, module in anatomy.modules.items() if path and value(path, module) for place in search.at(path)]
+        if not hits:
+            problems.append(NoMatch(f"the callable matches none of {len(anatomy.modules)} modules{search.hint()}"))
+        found = {place.key: place for place in hits}
+    else:
+        for clause in _clauses(value):
+            hits = search.clause(clause)
+            if not hits:
+                problems.append(NoMatch(search.explain(clause)))
+            found.update({place.key: place for place in hits if place.key not in found})
+    _collisions(found, problems)
+    raise_all(problems)
+    order = {path: index for index, path in enumerate(anatomy.modules)}
+    return sorted(found.values(), key=lambda place: (order[place.path], place.tensor or "", place.rows.start if place.rows else 0))
+
+
+def describe(anatomy: Anatomy) -> str:
+    """What exists, grouped and counted: ``attn.q x 12, norm x 25``."""
+    return ", ".join(f"{role} x {count}" for role, count in anatomy.count().items())
+
+
+def _layers(anatomy: Anatomy, layers: Sequence[int] | None, problems: list[TrimtabError]) -> set[int] | None:
+    if layers is None:
+        return None
+    wanted = set(layers)
+    bad = sorted(i for i in wanted if not 0 <= i < len(anatomy.blocks))
+    if bad or not wanted:
+        valid = f"0 to {len(anatomy.blocks) - 1}" if anatomy.blocks else "none: no repeated blocks were found"
+        problems.append(
+            NoMatch(f"layers={sorted(wanted)} names blocks that do not exist ({bad or 'no index given'}); valid: {valid}")
+        )
+    return wanted
+
+
+def _clauses(value: str | Sequence[str]) -> list[str]:
+    """Clauses of an expression: split at ``|`` outside brackets."""
+    if not isinstance(value, str):
+        return [clause for entry in value for clause in _clauses(entry)]
+    clauses, depth, start = [], 0, 0
+    for index, letter in enumerate(value):
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "|" and depth == 0:
+            clauses.append(value[start:index])
+            start = index + 1
+    return [clause.strip() for clause in [*clauses, value[start:]]]
+
+
+@dataclass
+class _Search:
+    anatomy: Anatomy
+    leaves: Callable[[nn.Module], bool] | None
+    containers: bool
+    allowed: set[int] | None
+
+    def inside(self, path: str) -> bool:
+        """Whether the layers' restriction lets ``path`` through."""
+        return self.allowed is None or self.anatomy.block_of(path) in self.allowed
+
+    def clause(self, clause: str) -> list[Place]:
+        """All places that one clause means."""
+        if clause in ROLES or clause in GROUPS:
+            hits = self.role(clause)
+            if hits:
+                return hits
+        paths = [p for p in self.anatomy.modules if p and (p == clause or p.endswith(f".{clause}"))]
+        if not paths:
+            paths = self.regex(clause)
+        found = [place for path in paths for place in self.at(path)]
+        return found or self.named_tensor(clause)
+
+    def regex(self, clause: str) -> list[str]:
+        try:
+            pattern = re.compile(rf"(?:.*\.)?(?:{clause})", re.DOTALL)
+        except re.error:
+            return []
+        return [path for path in self.anatomy.modules if path and pattern.fullmatch(path)]
+
+    def named_tensor(self, clause: str) -> list[Place]:
+        """A bank's parameter by its own name (``experts.gate_up_proj``)."""
+        return [
+            self.place(path, tensor=tensor, role=role)
+            for path, tensors in self.anatomy.banks.items()
+            for tensor, role in tensors.items()
+            if self.inside(path) and f".{path}.{tensor}".endswith(f".{clause}")
+        ]
+
+    def role(self, clause: str) -> list[Place]:
+        test = GROUPS.get(clause, lambda role: role == clause)
+        places: list[Place] = []
+        for path, role in self.anatomy.roles.items():
+            parts = self.anatomy.parts.get(path, {})
+            part = clause.removeprefix("attn.")
+            if not self.inside(path):
+                continue
+            if test(role):
+                places += self.at(path, role=role)
+            elif part in parts and clause.startswith("attn."):
+                places += [replace(whole, part=part, rows=parts[part], role=clause) for whole in self.at(path)]
+        for path, tensors in self.anatomy.banks.items():
+            if self.leaves is None and self.inside(path):
+                places += [self.place(path, tensor=tensor, role=role) for tensor, role in tensors.items() if test(role)]
+        return places
+
+    def at(self, path: str, *, role: str | None = None) -> list[Place]:
+        """The place at ``path``, or the places below it if it is no place itself."""
+        module = self.anatomy.modules[path]
+        if self.containers or self._leaf(module):
+            return [self.place(path, role=role)] if self.inside(path) else []
+        banks = self.anatomy.banks.get(path, {}) if self.leaves is None else {}
+        if banks:
+            return [self.place(path, tensor=tensor, role=name) for tensor, name in banks.items()] if self.inside(path) else []
+        below = [p for p in self.anatomy.modules if p.startswith(f"{path}.") and (self._leaf(self.anatomy.modules[p]))]
+        # what a packed projection holds below it is reached by its own path
+        return [self.place(p) for p in below if self.inside(p)]
+
+    def place(self, path: str, *, tensor: str | None = None, role: str | None = None) -> Place:
+        module = self.anatomy.modules[path]
+        if tensor is None and self.leaves is None and isinstance(module, nn.MultiheadAttention):
+            tensor = "in_proj_weight"
+        return Place(path, module, tensor, role=role or self.anatomy.roles.get(path), block=self.anatomy.block_of(path))
+
+    def _leaf(self, module: nn.Module) -> bool:
+        if self.leaves is not None:
+            return self.leaves(module)
+        if isinstance(module, nn.MultiheadAttention):
+            return module.in_proj_weight is not None
+        return is_matrix(module) or isinstance(module, (nn.Embedding, nn.modules.conv._ConvNd))
+
+    def hint(self) -> str:
+        return f"; there are: {describe(self.anatomy)}"
+
+    def explain(self, clause: str) -> str:
+        """Why a clause matched nothing, and what is near it."""
+        known = [*dict.fromkeys(self.anatomy.roles.values()), *GROUPS, *ROLES]
+        known += list(dict.fromkeys(path.rpartition(".")[2] for path in self.anatomy.roles))
+        known += list(self.anatomy.modules)
+        where = "" if self.allowed is None else f" in the layers {sorted(self.allowed)}"
+        return f"{clause!r} matches no place{where}{nearest(clause, [k for k in dict.fromkeys(known) if k])}{self.hint()}"
+
+
+def _collisions(found: dict[tuple, Place], problems: list[TrimtabError]) -> None:
+    for place in found.values():
+        if place.part is not None and (place.path, place.tensor, None) in found:
+            problems.append(Unsupported(f"{place.path} is selected whole and in part ({place.part}); choose one of them"))
