@@ -1,0 +1,126 @@
+"""LoRA-GA: LoRA whose first step follows the full gradient.
+
+With ``dL/dW = U S V^T`` on sample data: ``A0 = c V_{1..r}^T`` (r, in), ``B0 = c U_{r+1..2r}`` (out, r), and ``W' = W + s
+(B A - B0 A0)``, ``s = alpha / sqrt(r)``. The first gradient step moves W by ``-lr s^2 (B0 B0^T G + G A0^T A0)``, for
+``c = 1`` the best approximation of G of rank 2r: that is why B takes the *next* r vectors. ``c = out^(1/4) / sqrt(gamma)``
+keeps the outputs' size. W is kept and subtracted from lazily (see moved.py). Source: arXiv 2407.05000, Theorems 3.1 and 3.2.
+Trainable: ``r (in + out)``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trimtab.core.contracts import MethodConfig
+from trimtab.core.errors import Unsupported
+from trimtab.core.registry import method
+from trimtab.core.site import Site
+from trimtab.kernels.spectral import top_svd
+from trimtab.methods.reparameterized.lora import check_rank
+from trimtab.methods.reparameterized.moved import MovedLowRank
+
+__all__ = ["LoRAGA", "LoRAGAAdapter"]
+
+_DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
+_SIZES = ("stable", "weight_svd", "gd_scale", "unit")
+
+
+@dataclass(frozen=True)
+class LoRAGA(MethodConfig):
+    """LoRA that starts from the singular vectors of the loss's gradient; needs ``tt.attach(..., loss=...)``.
+
+    Args:
+        rank: r; ``2 r`` at most ``min(in, out)``.
+        alpha: scale numerator; the scale is ``alpha / sqrt(rank)``.
+        direction: which of the 2r leading vectors A and B take: "ArB2r" (A the first r, B the next r; the paper's),
+            "A2rBr" (the other way round), "ArBr" (alternating), "random".
+        size: "stable" (both times ``out^(1/4) / sqrt(gamma)``), "weight_svd" (both times the mean root of W's leading
+            singular values over s), "gd_scale" (both over s), "unit" (orthonormal).
+        gamma: the divisor of "stable".
+        form: "paper", or "peft": B times the gradient's singular values, and the size on B alone ("gd_scale" on
+            both), which makes the start depend on the scale of the loss.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    direction: str = "ArB2r"
+    size: str = "stable"
+    gamma: float = 16.0
+    form: str = "paper"
+
+    def __post_init__(self) -> None:
+        self.require_rank(self.rank)
+        self.require(self.alpha != 0, "alpha 0 would switch the adapter off")
+        self.require(self.gamma > 0, f"gamma must be above 0, found {self.gamma!r}")
+        for name, known in (("direction", _DIRECTIONS), ("size", _SIZES), ("form", ("paper", "peft"))):
+            value = getattr(self, name)
+            self.require(value in known, f"{name} must be one of {', '.join(known)}, found {value!r}")
+
+    @property
+    def scale(self) -> float:
+        """The factor in front of both products."""
+        return self.alpha / math.sqrt(self.rank)
+
+
+@method(
+    LoRAGA,
+    paper="arXiv:2407.05000 Thms. 3.1, 3.2",
+    tests=({"rank": 2}, {"rank": 2, "direction": "ArBr", "size": "unit"}, {"rank": 2, "form": "peft"}),
+)
+class LoRAGAAdapter(MovedLowRank):
+    """Factors that start at singular vectors of ``site.gradient``."""
+
+    needs_gradient = True
+
+    @classmethod
+    def check(cls, config: LoRAGA, site: Site) -> None:
+        check_rank(config.rank, site, least=2)
+
+    @staticmethod
+    def start(config: LoRAGA, site: Site, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        if site.gradient is None:
+            raise Unsupported(f"LoRAGA starts {site.name} from dL/dW; pass tt.attach(..., loss=model -> scalar on sample data)")
+        r = config.rank
+        U, S, Vh = top_svd(site.gradient, 2 * r, iterations=4, width=4 * r, rng=rng)
+        for_a, for_b = _pick(config, rng)
+        a, b = Vh[for_a], U[:, for_b]
+        if config.form == "peft":
+            b = b * S[for_b]
+            grow_b = _size(config, site, rng, leading=S[for_b][0])
+            grow_a = grow_b if config.size == "gd_scale" else 1.0
+        else:
+            grow_a = grow_b = _size(config, site, rng)
+        return grow_b * b, grow_a * a
+
+
+def _pick(config: LoRAGA, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Indices among the 2r leading vectors, for A and for B."""
+    r = config.rank
+    order = torch.arange(2 * r)
+    if config.direction == "ArB2r":
+        return order[:r], order[r:]
+    if config.direction == "A2rBr":
+        return order[r:], order[:r]
+    if config.direction == "ArBr":
+        return order[1::2], order[0::2]
+    order = torch.randperm(2 * r, generator=rng)
+    # peft's random form gives A and B the same vectors
+    return order[:r], order[:r] if config.form == "peft" else order[r:]
+
+
+def _size(config: LoRAGA, site: Site, rng: torch.Generator, *, leading: Tensor | None = None) -> float | Tensor:
+    """The factor on A and B; ``leading``: the first singular value in B, for peft's form."""
+    if config.size == "stable":
+        return site.out_features**0.25 / math.sqrt(config.gamma)
+    if config.size == "gd_scale":
+        return 1 / config.scale
+    if config.size == "weight_svd":
+        S = top_svd(site.weight, config.rank, iterations=4, width=4 * config.rank, rng=rng)[1]
+        if leading is not None:
+            return S[0] / leading if leading > 0 else 1.0
+        return (S / config.scale).abs().sqrt().mean()
+    return 1.0

@@ -1,0 +1,123 @@
+"""VeRA: two random projections, shared by all layers and frozen; every layer learns two vectors.
+
+``W' = W + diag(e) B diag(d) A`` with ``A`` (r, in) and ``B`` (out, r) Kaiming-uniform (gain sqrt 2) from a seed of their own,
+``d`` (r,) starting at ``d_initial``, ``e`` (out,) at zero, so training starts at the base. One A and one B of the
+largest in and out among the places serve all of them; a place sees views, and checkpoints store them once.
+Source: arXiv 2310.11454, Eq. 2 (there b and d). Trainable: ``r + out``. Kept for backward: ``A x``, (tokens, r), not ``x``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from trimtab.core.contracts import MethodConfig, Reparameterization
+from trimtab.core.registry import method
+from trimtab.core.site import Operation, Site
+from trimtab.kernels.beside import Rule, beside
+from trimtab.kernels.dropout import draw_seed, keep_rate, masks
+from trimtab.kernels.lowrank import down, low_rank
+
+__all__ = ["VeRA", "VeRAAdapter"]
+
+
+@dataclass(frozen=True)
+class VeRA(MethodConfig):
+    """Learned scalings of two shared random projections; the fewest parameters of the low-rank family.
+
+    Args:
+        rank: r; may exceed the matrix, since the projections are random.
+        d_initial: start of the inner scaling.
+        dropout: probability of zeroing an entry of the adapter branch's input while training.
+        seed: of the projections; equal seeds and equal places give equal projections.
+    """
+
+    rank: int = 256
+    d_initial: float = 0.1
+    dropout: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.require_rank(self.rank)
+        self.require_probability("dropout", self.dropout)
+        self.require(self.d_initial != 0, "d_initial 0 beside a zero e would leave both without a gradient")
+
+
+@method(VeRA, paper="arXiv:2310.11454 Eq. 2", tests=({"rank": 4}, {"rank": 20, "d_initial": 1.0}))
+class VeRAAdapter(Reparameterization):
+    """``d`` (r,), ``e`` (out,) learn; buffers ``A`` (r, in), ``B`` (out, r) are views of tensors that all places share."""
+
+    fast = frozenset({"linear", "conv", "embedding"})
+    needs_weight = False
+
+    def __init__(self, config: VeRA, site: Site, *, rng: torch.Generator):
+        super().__init__(config, site)
+        out, fan_in = site.shape
+        sites = site.cohort.sites or [site]
+        sizes = max(s.shape[-2] for s in sites), max(s.shape[-1] for s in sites)
+        key = ("VeRA", config.rank, config.seed, site.device, site.adapter_dtype)
+        A, B = site.cohort.share(key, lambda: self._projections(config, *sizes))
+        self.register_buffer("A", A[:, :fan_in])
+        self.register_buffer("B", B[:out])
+        self.d = self.parameter(torch.full((config.rank,), config.d_initial))
+        self.e = self.zeros(out)
+
+    def _projections(self, config: VeRA, out: int, fan_in: int) -> tuple[Tensor, Tensor]:
+        """Kaiming-uniform with gain sqrt 2: bound ``sqrt(6 / fan_in)``, the second axis being the fan-in. A first, then B."""
+        rng = torch.Generator().manual_seed(config.seed)
+        uniform = lambda *shape: (2 * self.random(*shape, rng=rng) - 1) * math.sqrt(6 / shape[1])  # noqa: E731
+        return self.constant(uniform(config.rank, fan_in)), self.constant(uniform(out, config.rank))
+
+    def weight(self, W: Tensor) -> Tensor:
+        B, A = self.factors()
+        return W + B @ A
+
+    def forward(self, x: Tensor, base: Operation) -> Tensor:
+        dropout = self.config.dropout * self.training
+        if base.kind == "linear":
+            return beside(_Scaled(self.A, self.B, dropout), x, base, self.d, self.e)
+        B, A = self.factors()
+        return low_rank(x, base, A, B, dropout=dropout)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.e[:, None] * self.B, self.d[:, None] * self.A
+
+
+class _Scaled(Rule):
+    """``f(x) = e * (d * drop(x) A^T) B^T``. With ``h = drop(x) A^T``, ``t = dy (e * B)``: ``dd = sum(t * h)``, ``de = rows of
+    ((dy^T (d * h)) * B)``, ``dx = mask * ((d * t) A)``; no gradient product of A's or B's size is ever formed."""
+
+    def __init__(self, A: Tensor, B: Tensor, p: float):
+        self.A, self.B, self.p = A, B, p
+        self.seed = draw_seed() if p and not torch.compiler.is_compiling() else 0
+
+    def map(self, x: Tensor, d: Tensor, e: Tensor) -> Tensor:
+        h = F.linear(F.dropout(x, self.p, training=self.p > 0), self.A.to(x.dtype))
+        return F.linear(h * d, self.B.to(x.dtype)) * e
+
+    def keep(self, x: Tensor) -> Tensor:
+        return down(x, self.A.to(x.dtype), self.p, self.seed).mul_(1 / keep_rate(self.p))
+
+    def add_(self, y: Tensor, x: Tensor, kept: Tensor, d: Tensor, e: Tensor) -> None:
+        y.addmm_(kept * d, (e[:, None] * self.B.to(y.dtype)).t())
+
+    def pull(
+        self, dy: Tensor, h: Tensor, gx: Tensor | None, needs: Sequence[bool], d: Tensor, e: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        A, B = self.A.to(dy.dtype), self.B.to(dy.dtype)
+        t = dy @ (e[:, None] * B)
+        dd = (t * h).sum(0) if needs[0] else None
+        de = ((dy.t() @ (h * d)) * B).sum(1) if needs[1] else None
+        if gx is not None:
+            t.mul_(d / keep_rate(self.p))
+            if self.p == 0:
+                gx.addmm_(t, A)
+            else:
+                for rows, mask in masks(self.seed, self.p, gx):
+                    gx[rows].addcmul_(t[rows] @ A, mask)
+        return dd, de
