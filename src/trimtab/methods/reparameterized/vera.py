@@ -64,7 +64,7 @@ class VeRAAdapter(Reparameterization):
         A, B = site.cohort.share(key, lambda: self._projections(config, *sizes))
         self.register_buffer("A", A[:, :fan_in])
         self.register_buffer("B", B[:out])
-        self.d = self.parameter(torch.full((config.rank,), config.d_initial))
+        self.d = self.parameter(torch.full((config.rank,), config.d_initial, dtype=torch.float64))
         self.e = self.zeros(out)
 
     def _projections(self, config: VeRA, out: int, fan_in: int) -> tuple[Tensor, Tensor]:
