@@ -21,6 +21,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trimtab.cli._noise import hush
 from trimtab.core.errors import TrimtabError
 from trimtab.tasks import Bundle, get
 from trimtab.training import TrainConfig, load_config, train
@@ -128,6 +129,7 @@ def result_table(linear: dict[str, Any], adapter: Any) -> Table:
 
 def main() -> int:
     """Run the demonstration; 0 if the new process predicts what this one measured."""
+    hush()
     console = Console()
     started = time.perf_counter()
     config = load_config(CONFIG, overrides={"output": "runs/demo"})

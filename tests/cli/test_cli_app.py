@@ -47,25 +47,31 @@ def test_unknown_command_and_option(capsys: pytest.CaptureFixture):
     assert "trian" in capsys.readouterr().err
 
 
-def test_train_then_eval_in_a_new_process(tmp_path: Path):
+def test_train_here_then_eval_in_a_new_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(settings(tmp_path, epochs=1)))
-
-    def run(*arguments: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "trimtab.cli", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-
-    trained = run("train", "c.yaml", "epochs=2", "method.rank=2")
-    assert trained.returncode == 0, trained.stderr
-    assert "rank: 2" in trained.stdout and "learning curve" in trained.stdout
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "c.yaml", "epochs=2", "method.rank=2"]) == 0
+    shown = capsys.readouterr().out
+    assert "rank: 2" in shown and "learning curve" in shown
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["epochs"] == 2
-    evaluated = run("eval", "run", "--predictions", "p.jsonl")
+    command = [sys.executable, "-m", "trimtab.cli", "eval", "run", "--predictions", "p.jsonl"]
+    evaluated = subprocess.run(command, capture_output=True, text=True, check=False)
     assert evaluated.returncode == 0, evaluated.stderr
     expected = json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]["test"]["accuracy"]
     assert f"accuracy {expected:.4f}" in evaluated.stdout
     predictions = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
     assert len(predictions) == 12 and set(predictions[0]) == {"label", "probability"}
-    asked = run("eval", "c.yaml", "--text", "tree cat", "--text", "road blue")
-    assert asked.returncode == 0 and "tree cat" in asked.stdout and "road blue" in asked.stdout
-    again = run("train", "c.yaml", "epochs=3")
-    assert again.returncode == 2
-    assert "epochs = 2.0 there, 3.0 now" in again.stderr and "Traceback" not in again.stderr
+
+
+def test_eval_predicts_texts_and_train_refuses_another_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(settings(tmp_path, epochs=1)))
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "c.yaml"]) == 0
+    assert main(["eval", "c.yaml", "--text", "tree cat", "--text", "road blue"]) == 0
+    shown = capsys.readouterr().out
+    assert "tree cat" in shown and "road blue" in shown
+    assert main(["train", "c.yaml", "epochs=3"]) == 2
+    assert "epochs = 1.0 there, 3.0 now" in capsys.readouterr().err
+    assert main(["train", "c.yaml", "epochs=3", "--overwrite"]) == 0

@@ -15,7 +15,6 @@ from tiny_text import rows, settings, write_data, write_jsonl, write_model
 from trimtab.training import DataError, RunError, evaluate, load_config, train
 from trimtab.training.trainer import AdapterTrainer
 
-
 LEARNS = {"epochs": 8, "learning_rate": 1e-2, "dropout": 0.0, "head_dropout": 0.0}
 
 
@@ -39,6 +38,12 @@ def test_a_run_learns_and_writes_everything(tmp_path: Path):
     assert result.trainable == sum(v.numel() for v in adapter_tensors(tmp_path / "run").values())
     assert load_config(tmp_path / "run" / "config.yaml") == load_config(config)
     assert len([entry for entry in result.curve if "eval_accuracy" in entry]) == 8
+
+
+def test_process_settings_are_put_back(tmp_path: Path):
+    threads = torch.get_num_threads()
+    train(settings(tmp_path, epochs=1, threads=threads + 1, deterministic=True))
+    assert torch.get_num_threads() == threads and not torch.are_deterministic_algorithms_enabled()
 
 
 def test_base_is_not_changed_and_not_saved(tmp_path: Path):

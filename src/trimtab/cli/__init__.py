@@ -44,8 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: without the program's name; None reads them from the command line.
     """
+    from trimtab.cli._noise import hush
     from trimtab.core.errors import TrimtabError
 
+    hush()
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     # the option may stand anywhere, also behind the command's own arguments

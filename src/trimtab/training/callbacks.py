@@ -49,6 +49,7 @@ class ProgressBar(TrainerCallback):
     def __init__(self, console: Console, metric: str):
         self.console, self.metric = console, metric
         self.loss = self.last = ""
+        self.running = False
         columns = (
             TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
@@ -57,6 +58,7 @@ class ProgressBar(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Shows the bar, at the step where a resumed run continues."""
+        self.running = True
         self.task = self.progress.add_task("", total=state.max_steps, completed=state.global_step, note="")
         self.progress.start()
 
@@ -71,9 +73,10 @@ class ProgressBar(TrainerCallback):
             self.loss = f"loss {logs['loss']:.3f}"
         if f"eval_{self.metric}" in logs:
             self.last = f"{self.metric} {logs[f'eval_{self.metric}']:.4f}"
-            if self.progress.disable:
+            if self.progress.disable and self.running:
                 self.console.print(f"step {state.global_step} of {state.max_steps}: {self.loss} {self.last}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Takes the bar away."""
+        self.running = False
         self.progress.stop()

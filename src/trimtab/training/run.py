@@ -16,7 +16,8 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,12 +111,12 @@ def train(
     if (output / RESULT).is_file() and not overwrite:
         console.print(f"the run in {output} is complete; overwrite it to train again")
         return _read_result(output)
-    _set_up(resolved)
-    bundle = task.prepare(resolved)
-    check_finite(bundle.model, resolved.model)
-    total = sum(p.numel() for p in bundle.model.parameters())
-    attach_adapter(bundle, resolved)
-    return _run(resolved, bundle, total, overwrite=overwrite, console=console)
+    with _process_settings(resolved):
+        bundle = task.prepare(resolved)
+        check_finite(bundle.model, resolved.model)
+        total = sum(p.numel() for p in bundle.model.parameters())
+        attach_adapter(bundle, resolved)
+        return _run(resolved, bundle, total, overwrite=overwrite, console=console)
 
 
 def attach_adapter(bundle: Bundle, config: TrainConfig) -> None:
@@ -131,15 +132,23 @@ def attach_adapter(bundle: Bundle, config: TrainConfig) -> None:
         attach(bundle.model, registry.get("Unfreeze")(), targets=[head], name=config.adapter, rng=rng)
 
 
-def _set_up(config: TrainConfig) -> None:
+@contextmanager
+def _process_settings(config: TrainConfig) -> Iterator[None]:
+    """Seeds, determinism and threads for the run; what other code of this process relies on is put back afterwards."""
     from transformers import enable_full_determinism, set_seed
 
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    if config.deterministic:
-        enable_full_determinism(config.seed)
-    else:
-        set_seed(config.seed)
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    try:
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        if config.deterministic:
+            enable_full_determinism(config.seed)
+        else:
+            set_seed(config.seed)
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
 
 
 def _check_folder(output: Path, config: TrainConfig, *, overwrite: bool) -> None:
