@@ -18,7 +18,7 @@ from trimtab.core.host import dismount, escape, mount
 from trimtab.core.kinds import sites_of
 from trimtab.core.selection import Place, select
 from trimtab.core.site import Cohort, Site
-from trimtab.core.state import Group, adapter_group, drop_state, host, state_of, unwrap
+from trimtab.core.state import Group, adapter_group, drop_state, host, parameter_users, state_of, unwrap
 from trimtab.core.table import Table
 
 __all__ = ["Assignment", "attach", "detach", "mount_group", "plan_sites"]
@@ -131,7 +131,8 @@ def plan_sites(
         except TrimtabError as error:
             problems.append(error)
     raise_all(problems)
-    return _without_ties(found)
+    _refuse_ties(root, found)
+    return found
 
 
 def _select(root: nn.Module, method: MethodConfig, targets: Targets, layers: Sequence[int] | None, anatomy: Any) -> list[Place]:
@@ -150,20 +151,27 @@ def _width(anatomy: Any) -> int | None:
     return anatomy.block(0).width if anatomy.blocks else None
 
 
-def _without_ties(assignments: list[Assignment]) -> list[Assignment]:
-    """Refuse selections that reach one tied tensor by two names; a tied tensor is one site."""
-    seen: dict[int, Site] = {}
+def _refuse_ties(root: nn.Module, assignments: list[Assignment]) -> None:
+    """A tied tensor is one site: no two adapters of one attach on it, and no selection that would cut the tie.
+
+    A selection replaces what its own module reads; the other users of a tied tensor would keep the old values.
+    """
     problems: list[TrimtabError] = []
+    users = parameter_users(root)
+    seen: dict[int, Site] = {}
     for config, site in assignments:
         if site.kind == "module" or site.rows is not None:
             continue
-        other = seen.setdefault(id(site.parameter()), site)
-        if other is not site:
+        others = [n for n in users[id(site.parameter())] if n != ".".join(filter(None, (site.path, site.tensor)))]
+        twice = seen.setdefault(id(site.parameter()), site) is not site
+        if twice or (others and issubclass(type(config).adapter_class, Selection)):
             problems.append(
-                Unsupported(f"{site.name} and {other.name} are one tied tensor; target one of them for {type(config).__name__}")
+                Unsupported(
+                    f"{site.path}.{site.tensor} and {others[0]} are one tied tensor, and {type(config).__name__} would change one "
+                    "of them alone; attach a low-rank method to one of the two, or untie the model before attaching"
+                )
             )
     raise_all(problems)
-    return assignments
 
 
 def _prepare(assignments: list[Assignment], dtype: torch.dtype | None) -> None:

@@ -13,7 +13,7 @@ from trimtab.core.contracts import ActivationAdapter, Adapter, TokenAdapter
 from trimtab.core.errors import NotMergeable, TrimtabError, raise_all
 from trimtab.core.host import adapted_chain
 from trimtab.core.site import Site, dense, is_quantised
-from trimtab.core.state import Group, ModelState, adapter_group, state_of, unwrap
+from trimtab.core.state import Group, ModelState, adapter_group, parameter_users, state_of, unwrap
 from trimtab.core.table import Table
 
 __all__ = ["merge", "unmerge"]
@@ -140,15 +140,12 @@ def _targets(state: ModelState, group: Group, into: str | None) -> list[_Target]
 
 
 def _ties(root: nn.Module, targets: list[_Target]) -> dict[tuple[int, str], str]:
-    """Targets whose tensor another place of the model shares, by storage identity -> that place's name."""
-    users: dict[int, list[tuple[int, str, str]]] = {}
-    for path, module in root.named_modules(remove_duplicate=True):
-        for tensor, value in module._parameters.items():
-            if value is not None:
-                users.setdefault(id(value), []).append((id(module), tensor, f"{path}.{tensor}"))
+    """Targets whose tensor another place of the model shares -> that place's name."""
+    users = parameter_users(root)
     ties = {}
     for target in targets:
-        others = [name for m, t, name in users[id(target.site.parameter())] if (m, t) != target.key]
+        own = f"{target.site.path}.{target.site.tensor}"
+        others = [name for name in users[id(target.site.parameter())] if name != own]
         if others:
             ties[target.key] = others[0]
     return ties

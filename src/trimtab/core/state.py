@@ -105,6 +105,16 @@ def adapter_group(state: ModelState, name: str) -> Group:
     return state.groups[name]
 
 
+def parameter_users(root: nn.Module) -> dict[int, list[str]]:
+    """``id(parameter)`` -> the names it has in ``root``; a tied tensor has more than one."""
+    users: dict[int, list[str]] = {}
+    for path, module in root.named_modules():
+        for tensor, value in module._parameters.items():
+            if value is not None:
+                users.setdefault(id(value), []).append(f"{path}.{tensor}" if path else tensor)
+    return users
+
+
 def resolve_names(state: ModelState, name: str | None) -> list[Group]:
     """One named group, or all groups for None."""
     return list(state.groups.values()) if name is None else [adapter_group(state, name)]
