@@ -58,7 +58,7 @@ class LoKr(MethodConfig):
 
 @method(
     LoKr, paper="arXiv:2309.14859 Sec. 3.3",
-    tests=({"rank": 1}, {"rank": 8, "alpha": 4.0}, {"rank": 1, "factor": 2, "zero": "w2"},
+    tests=({"rank": 8, "alpha": 4.0}, {"rank": 1, "factor": 2, "zero": "w2"},
            {"rank": 1, "factor": 4, "decompose_both": True}),
 )
 class LoKrAdapter(Reparameterization):

@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from trimtab.core.contracts import MethodConfig, Selection
+from trimtab.core.errors import Unsupported
 from trimtab.core.registry import method
+from trimtab.core.site import Site
 
 __all__ = ["Unfreeze", "UnfreezeAdapter"]
 
@@ -29,3 +31,12 @@ class UnfreezeAdapter(Selection):
 
     targets = "head"
     tensors = None
+
+    @classmethod
+    def check(cls, config: Unfreeze, site: Site) -> None:
+        rows = site.rows
+        if rows is not None and rows.start + (rows.blocks - 1) * rows.stride + rows.size > site.parameter().shape[0]:
+            raise Unsupported(
+                f"{site.path}.{site.tensor} is no part of the fused projection that holds {site.part!r}; "
+                f"unfreeze the whole module {site.path}"
+            )
