@@ -112,7 +112,7 @@ def _pick(config: LoRAGA, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     return order[:r], order[:r] if config.form == "peft" else order[r:]
 
 
-def _size(config: LoRAGA, site: Site, rng: torch.Generator, *, leading: Tensor | None = None) -> float | Tensor:
+def _size(config: LoRAGA, site: Site, rng: torch.Generator, *, leading: Tensor | None = None) -> float:
     """The factor on A and B; ``leading``: the first singular value in B, for peft's form."""
     if config.size == "stable":
         return site.out_features**0.25 / math.sqrt(config.gamma)
@@ -121,6 +121,6 @@ def _size(config: LoRAGA, site: Site, rng: torch.Generator, *, leading: Tensor |
     if config.size == "weight_svd":
         S = top_svd(site.weight, config.rank, iterations=4, width=4 * config.rank, rng=rng)[1]
         if leading is not None:
-            return S[0] / leading if leading > 0 else 1.0
-        return (S / config.scale).abs().sqrt().mean()
+            return float(S[0] / leading.to(S)) if leading > 0 else 1.0
+        return float((S / config.scale).abs().sqrt().mean())
     return 1.0
