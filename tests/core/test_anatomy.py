@@ -42,7 +42,7 @@ VIT = {f"attn.{x}": f"attention.{x}_proj" for x in "qkvo"} | {"mlp.up": "mlp.fc1
 OPT = {f"attn.{x}": f"self_attn.{x}_proj" for x in "qkv"} | {"attn.o": "self_attn.out_proj"}
 
 # name: (auto class, config class, config, blocks, first block, {role: path in the first block}, other {path: role})
-MODELS = {
+MODELS = {  # fmt: skip
     "bert": ("AutoModelForSequenceClassification", "BertConfig", TEXT, 2, "bert.encoder.layer.0", BERT,
              {"classifier": "head", "bert.pooler.dense": "linear", "bert.embeddings.word_embeddings": "embedding"}),
     "roberta": ("AutoModelForSequenceClassification", "RobertaConfig", TEXT, 2, "roberta.encoder.layer.0", BERT,

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from trimtab.core.site import Rows
+from trimtab.core.structure import (
+    base_modules,
+    block_paths,
+    class_of,
+    has_matrix,
+    is_matrix,
+    is_norm,
+    leaf,
+    owners,
+    qkv_role,
+    sizes,
+)
 
 __all__ = ["Anatomy", "Block", "is_matrix", "of"]
 
@@ -17,21 +28,12 @@ __all__ = ["Anatomy", "Block", "is_matrix", "of"]
 # module that holds the projection; all use one layout: for each key-value head its query heads, then k, then v.
 INTERLEAVED = frozenset({"GPTNeoXAttention", "BloomAttention", "FalconAttention", "FalconFlashAttention2", "PersimmonAttention"})
 
-_QKV = {
-    "attn.qkv": r"c_attn|qkv|qkv_proj|wqkv|query_key_value|in_proj|attn_qkv|to_qkv|Wqkv",
-    "attn.kv": r"kv|kv_proj|to_kv|c_kv|wkv",
-    "attn.q": r"q|query|q_proj|to_q|wq|q_lin|query_proj|q_linear|query_layer|w_q",
-    "attn.k": r"k|key|k_proj|to_k|wk|k_lin|key_proj|k_linear|key_layer|w_k",
-    "attn.v": r"v|value|v_proj|to_v|wv|v_lin|value_proj|v_linear|value_layer|w_v",
-}
-_QKV_NAMES = {role: re.compile(pattern, re.IGNORECASE) for role, pattern in _QKV.items()}
 _ATTENTION = re.compile(r"attn|attention|(^|_)mha($|_)", re.IGNORECASE)
 _GATE = re.compile(r"gate|gate_proj|wi_0|w1|linear_gate|fc_gate|w_gate|gate_linear", re.IGNORECASE)
 _GATE_UP = re.compile(r"gate_up|gate_up_proj|up_gate_proj|w12|fc1_gate", re.IGNORECASE)
 _DOWN = re.compile(r"down|down_proj|w2|wo|fc2|c_proj|fc_out|lin2|linear2|dense_4h_to_h|pwconv2|w3_down", re.IGNORECASE)
 _UP = re.compile(r"up|up_proj|w3|wi|wi_1|fc1|c_fc|fc_in|lin1|linear1|dense_h_to_4h|pwconv1", re.IGNORECASE)
 _MLP = re.compile(r"mlp|ffn|feed_forward|ff|intermediate|output|dense_relu_dense|experts?", re.IGNORECASE)
-_NORM = re.compile(r"norm|(^|_)ln(_|\d|$)", re.IGNORECASE)
 _HEAD = re.compile(
     r"(.*_)?head|heads|classifier|score|fc|qa_outputs|cls|logits|embed_out|output_layer|class_labels_classifier|out_head|proj_out",
     re.IGNORECASE,
@@ -98,48 +100,11 @@ class Anatomy:
         return counts
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    """transformers' Conv1D, by structure: weight (in, out) and the attribute ``nf``."""
-    return hasattr(module, "nf") and getattr(module, "weight", None) is not None and not isinstance(module, nn.Linear)
-
-
-def is_matrix(module: nn.Module) -> bool:
-    """Linear-like: Linear and subclasses, quantised linears, Conv1D."""
-    if isinstance(module, nn.Linear) or is_conv1d(module):
-        return True
-    return hasattr(module, "in_features") and hasattr(module, "out_features") and "weight" in module._parameters
-
-
-def sizes(module: nn.Module) -> tuple[int, int]:
-    """(out, in) of a linear-like module."""
-    if is_conv1d(module):
-        return module.weight.shape[1], module.weight.shape[0]
-    return module.out_features, module.in_features
-
-
-def base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """All modules but adapters, each once, by path."""
-    found: dict[str, nn.Module] = {}
-    seen: set[int] = set()
-
-    def walk(path: str, module: nn.Module) -> None:
-        if id(module) in seen:
-            return
-        seen.add(id(module))
-        found[path] = module
-        for name, child in module._modules.items():
-            if child is not None and name != "trimtab":
-                walk(f"{path}.{name}" if path else name, child)
-
-    walk("", model)
-    return found
-
-
 def of(model: nn.Module) -> Anatomy:
     """The anatomy of ``model``; nothing of it is kept, so that a changed model is looked at anew."""
     modules = base_modules(model)
-    blocks = tuple(_blocks(modules))
-    owner = _owners(modules, blocks)
+    blocks = tuple(block_paths(modules))
+    owner = owners(modules, blocks)
     roles: dict[str, str] = {}
     heads = _heads(modules, blocks, owner)
     for path, module in modules.items():
@@ -163,96 +128,7 @@ def of(model: nn.Module) -> Anatomy:
     return Anatomy(blocks, ordered, parts, _banks(modules), modules, owner, facts)
 
 
-# -- blocks
-
-
-def _candidates(modules: dict[str, nn.Module]) -> dict[str, list[str]]:
-    """Lists of modules that may be blocks: path of the list -> paths of its elements."""
-    found = {}
-    for path, module in modules.items():
-        children = [c for c in module._modules.values() if c is not None]
-        sequence = isinstance(module, nn.ModuleList) or (
-            isinstance(module, nn.Sequential) and len({_class(c) for c in children}) == 1
-        )
-        if not sequence or not children:
-            continue
-        if all(any(True for _ in c.children()) and _has_matrix(c) for c in children):
-            found[path] = [f"{path}.{name}" if path else name for name, c in module._modules.items() if c is not None]
-    # a list of different things inside an element of another list is that element's make-up (T5), not blocks
-    mixed = [p for p in found if len({_class(modules[e]) for e in found[p]}) > 1]
-    elements = [e for listed in found.values() for e in listed]
-    for path in mixed:
-        if any(path.startswith(f"{element}.") for element in elements):
-            del found[path]
-    return found
-
-
-def _class(module: nn.Module) -> type:
-    return getattr(type(module), "_trimtab_base", type(module))
-
-
-def _has_matrix(module: nn.Module) -> bool:
-    return any(is_matrix(m) or isinstance(m, (nn.MultiheadAttention, nn.modules.conv._ConvNd)) for m in module.modules())
-
-
-def _blocks(modules: dict[str, nn.Module]) -> Iterator[str]:
-    """The outermost lists whose elements have attention (or else a norm) of their own, outside lists nested in them."""
-    candidates = _candidates(modules)
-    for test in (_has_own_attention, _has_own_norm):
-        chosen: list[str] = []
-        for path, elements in candidates.items():
-            inside = any(element.startswith(f"{done}.") for done in chosen for element in elements)
-            if not inside and any(test(element, candidates, modules) for element in elements):
-                chosen += elements
-        if chosen:
-            position = {path: i for i, path in enumerate(modules)}
-            yield from sorted(chosen, key=position.__getitem__)
-            return
-
-
-def _own(element: str, candidates: dict[str, list[str]], modules: dict[str, nn.Module]) -> Iterator[str]:
-    """Paths below ``element`` that no nested list covers."""
-    nested = [p for p in candidates if p.startswith(f"{element}.")]
-    for path in modules:
-        if path.startswith(f"{element}.") and not any(path == n or path.startswith(f"{n}.") for n in nested):
-            yield path
-
-
-def _has_own_attention(element: str, candidates: dict[str, list[str]], modules: dict[str, nn.Module]) -> bool:
-    return any(
-        isinstance(modules[p], nn.MultiheadAttention) or _qkv_role(p, modules[p]) for p in _own(element, candidates, modules)
-    )
-
-
-def _has_own_norm(element: str, candidates: dict[str, list[str]], modules: dict[str, nn.Module]) -> bool:
-    return any(_is_norm(p, modules[p]) for p in _own(element, candidates, modules))
-
-
-def _owners(modules: dict[str, nn.Module], blocks: tuple[str, ...]) -> dict[str, int]:
-    index = {block: i for i, block in enumerate(blocks)}
-    owner = {}
-    for path in modules:
-        names = path.split(".")
-        for depth in range(len(names), 0, -1):
-            found = index.get(".".join(names[:depth]))
-            if found is not None:
-                owner[path] = found
-                break
-    return owner
-
-
 # -- roles
-
-
-def _leaf(path: str) -> str:
-    return path.rpartition(".")[2]
-
-
-def _is_norm(path: str, module: nn.Module) -> bool:
-    if "Norm" in _class(module).__name__:
-        return True
-    own = [p for p in module._parameters.values() if p is not None]
-    return bool(own) and not module._modules and all(p.dim() == 1 for p in own) and bool(_NORM.search(_leaf(path)))
 
 
 def _plain_role(path: str, module: nn.Module, blocks: tuple[str, ...], heads: set[str]) -> str | None:
@@ -261,7 +137,7 @@ def _plain_role(path: str, module: nn.Module, blocks: tuple[str, ...], heads: se
         return "head"
     if path in blocks:
         return "block"
-    if _is_norm(path, module):
+    if is_norm(path, module):
         return "norm"
     if isinstance(module, nn.Embedding):
         return "embedding"
@@ -276,7 +152,7 @@ def _heads(modules: dict[str, nn.Module], blocks: tuple[str, ...], owner: dict[s
     for path, module in modules.items():
         if not path or path in owner or any(b.startswith(f"{path}.") for b in blocks):
             continue
-        if _HEAD.fullmatch(_leaf(path)) and path.count(".") == 0 and _has_matrix(module):
+        if _HEAD.fullmatch(leaf(path)) and path.count(".") == 0 and has_matrix(module):
             found |= {p for p in modules if p == path or (p.startswith(f"{path}.") and is_matrix(modules[p]))}
     return found
 
@@ -285,20 +161,11 @@ def _width(modules: dict[str, nn.Module], inside: list[str]) -> int | None:
     """Width of a block: its norms' size, else the most common input size."""
     for path in inside:
         weight = getattr(modules[path], "weight", None)
-        if _is_norm(path, modules[path]) and weight is not None and weight.dim() == 1 and not _ATTENTION.search(_leaf(path)):
-            if not any(
-                _qkv_role(f"{path.rpartition('.')[0]}.{n}", c) for n, c in modules[path.rpartition(".")[0]]._modules.items()
-            ):
+        if is_norm(path, modules[path]) and weight is not None and weight.dim() == 1 and not _ATTENTION.search(leaf(path)):
+            if not any(qkv_role(f"{path.rpartition('.')[0]}.{n}", c) for n, c in modules[path.rpartition(".")[0]]._modules.items()):
                 return weight.shape[0]
     inputs = [sizes(modules[p])[1] for p in inside if is_matrix(modules[p])]
     return max(set(inputs), key=inputs.count) if inputs else None
-
-
-def _qkv_role(path: str, module: nn.Module) -> str | None:
-    if not is_matrix(module):
-        return None
-    name = _leaf(path)
-    return next((role for role, pattern in _QKV_NAMES.items() if pattern.fullmatch(name)), None)
 
 
 def _attention_roles(block: str, inside: list[str], modules: dict[str, nn.Module], width: int | None) -> dict[str, str]:
@@ -307,7 +174,7 @@ def _attention_roles(block: str, inside: list[str], modules: dict[str, nn.Module
     containers: list[str] = []
     for path in inside:
         module = modules[path]
-        role = _qkv_role(path, module)
+        role = qkv_role(path, module)
         if isinstance(module, nn.MultiheadAttention):
             roles[path], roles[f"{path}.out_proj"] = "attn.qkv", "attn.o"
         elif role and _plausible(role, module, path, inside, modules):
@@ -328,8 +195,8 @@ def _plausible(role: str, module: nn.Module, path: str, inside: list[str], modul
         out, fan_in = sizes(module)
         return bool(_ATTENTION.search(path)) or out == 3 * fan_in
     parent = path.rpartition(".")[0]
-    siblings = {_qkv_role(p, modules[p]) for p in inside if p.rpartition(".")[0] == parent}
-    return len(siblings & set(_QKV)) >= 2 or bool(_ATTENTION.search(parent))
+    siblings = {qkv_role(p, modules[p]) for p in inside if p.rpartition(".")[0] == parent}
+    return len(siblings - {None}) >= 2 or bool(_ATTENTION.search(parent))
 
 
 def _container(path: str, block: str) -> str:
@@ -352,7 +219,7 @@ def _feed_forward_roles(block: str, paths: list[str], modules: dict[str, nn.Modu
     """mlp.* roles by shape (wider than the block, back to it), gates and square matrices by name."""
     roles: dict[str, str] = {}
     for path in paths:
-        module, name = modules[path], _leaf(path)
+        module, name = modules[path], leaf(path)
         out, fan_in = sizes(module)
         parent = modules[path.rpartition(".")[0]]
         siblings = {n for n in parent._modules}
@@ -417,7 +284,7 @@ def _parts(path: str, roles: dict[str, str], modules: dict[str, nn.Module], mode
     kv, rest = divmod(out - q, 2)
     if rest or kv <= 0 or kv > q:
         return None
-    if _class(modules[holder]).__name__ not in INTERLEAVED:
+    if class_of(modules[holder]).__name__ not in INTERLEAVED:
         return {"q": Rows(0, q), "k": Rows(q, kv), "v": Rows(q + kv, kv)}
     facts = _head_facts({path: "attn.qkv"}, modules, model)
     size = q // facts["heads"]
@@ -435,7 +302,7 @@ def _banks(modules: dict[str, nn.Module]) -> dict[str, dict[str, str]]:
     """3-d parameters outside convolutions: (experts, out, in) banks, by role."""
     found: dict[str, dict[str, str]] = {}
     for path, module in modules.items():
-        if isinstance(module, nn.modules.conv._ConvNd) or _is_norm(path, module):
+        if isinstance(module, nn.modules.conv._ConvNd) or is_norm(path, module):
             continue
         for name, value in module._parameters.items():
             if value is not None and value.dim() == 3 and value.shape[0] > 1 and min(value.shape[1:]) > 1:

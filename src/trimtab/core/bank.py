@@ -37,10 +37,10 @@ class Bank(Reparameterization):
         adapters = [cls(config, expert, rng=rng) for expert in one]
         self.identity_at_start = cls.identity(config)
         self.needs_gradient = False
-        for key, value in adapters[0].named_parameters():
+        for key, _ in adapters[0].named_parameters():
             stack = torch.stack([dict(a.named_parameters())[key].detach() for a in adapters])
             self.register_parameter(key.replace(".", "__"), nn.Parameter(stack))
-        for key, value in adapters[0].named_buffers():
+        for key, _ in adapters[0].named_buffers():
             stack = torch.stack([dict(a.named_buffers())[key] for a in adapters])
             self.register_buffer(key.replace(".", "__"), stack)
         # the template holds shapes only; object.__setattr__ keeps it out of the module tree and of the state dict

@@ -369,7 +369,7 @@ def _fill(adapters: list[Adapter], tensors: dict[str, Tensor], source: str) -> N
     if unused:
         problems.append(
             CheckpointMismatch(
-                f"{source} has {len(unused)} tensors that no place uses: {', '.join(unused[:3])}{', ...' if len(unused) > 3 else ''}"
+                f"{source} has {len(unused)} tensors that no place uses: {', '.join(unused[:3])}{' ...' if len(unused) > 3 else ''}"
             )
         )
     raise_all(problems)
