@@ -3,9 +3,12 @@
 For linear bases two autograd Functions keep ``x`` alone, in its own dtype and so shared by every layer on the same
 input: ``x A^T`` and the dropout mask are computed again in backward. With ``d`` the dropped input and ``G = dL/dy``::
 
-    u = s d A^T          y  = x W^T + bias;  y += u B^T      (one in-place GEMM)
-    v = s G B            dx = mask * (v A);  dx += G W       (one in-place GEMM)
+    u = s d A^T          y  = u B^T + bias;  y += x W^T
+    v = s G B            dx = mask * (v A);  dx += G W
     dA = v^T d           dB = (u^T G)^T
+
+The thin product writes each large tensor and the large one adds to it in place: that is one pass less over the tensor than
+the other order, and nothing waits in between.
 
 Parameters may be wider than ``x`` (fp32 beside bf16): the thin factors are cast, never ``x``; gradients come back in the
 parameter's dtype. Source: arXiv 2106.09685 Eq. 3; the saved set follows arXiv 2412.06289 Sec. 3.3.
@@ -116,12 +119,12 @@ def down(x: Tensor, a: Tensor, p: float, seed: int) -> Tensor:
 
 
 def backward(
-    v: Tensor, G: Tensor, x: Tensor, a: Tensor, r: int, p: float, seed: int, need: tuple[bool, bool, bool]
+    v: Tensor | None, G: Tensor, x: Tensor, a: Tensor, r: int, p: float, seed: int, need: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``(mask * (v a), v^T d, (d a^T)^T G)`` with ``d = mask * x``; each only where ``need`` says so.
 
     Args:
-        v: (N, R) gradient of ``d a^T``.
+        v: (N, R) gradient of ``d a^T``; None if neither dx nor dA is needed.
         G: (N, out).
         x: (N, in).
         a: (R, in); its first ``r`` rows learn, and the last two results are for them alone.
@@ -131,11 +134,9 @@ def backward(
     """
     need_x, need_a, need_b = need
     if p == 0:
-        return (
-            v @ a if need_x else None,
-            v[:, :r].t() @ x if need_a else None,
-            (x @ a[:r].t()).t() @ G if need_b else None,
-        )
+        gb = (x @ a[:r].t()).t() @ G if need_b else None
+        ga = v[:, :r].t() @ x if need_a else None
+        return v @ a if need_x else None, ga, gb  # dx last: the large product finds it in the cache
     wide = torch.promote_types(x.dtype, torch.float32)  # sums over runs of rows
     gx = torch.empty_like(x) if need_x else None
     ga = torch.zeros(r, x.shape[1], device=x.device, dtype=wide) if need_a else None
@@ -161,29 +162,24 @@ def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.add_(left @ right)
 
 
-class _Update:
-    """What the two Functions share: the update's forward in place, and its gradients."""
+def _gradients(
+    ctx: Any, G: Tensor, x: Tensor, factors: tuple[Tensor | None, ...], need: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The update's part of dx (N, in), and dA, dB in their own dtypes."""
+    a, b = factors[:2]
+    A, B = _cast(x.dtype, *factors)
+    v = (G @ B).mul_(ctx.gain) if need[0] or need[1] else None
+    gx, ga, gb = backward(v, G, x, A, a.shape[0], ctx.p, ctx.seed, need)
+    return gx, None if ga is None else ga.to(a.dtype), None if gb is None else gb.mul_(ctx.gain).t().to(b.dtype)
 
-    @staticmethod
-    def add(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, a0: Tensor | None, b0: Tensor | None) -> None:
-        """``y += s drop(x) (B A - B0 A0)^T`` on 2-D tensors of one dtype."""
-        A, B = _cast(x.dtype, a, b, a0, b0)
-        y.addmm_(down(x, A, ctx.p, ctx.seed), B.t(), alpha=ctx.gain)
 
-    @staticmethod
-    def gradients(
-        ctx: Any, G: Tensor, x: Tensor, factors: tuple[Tensor | None, ...], need: tuple[bool, bool, bool]
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The update's part of dx (N, in), and dA, dB in their own dtypes."""
-        a, b = factors[:2]
-        A, B = _cast(x.dtype, *factors)
-        v = G @ B
-        gx, ga, gb = backward(v.mul_(ctx.gain), G, x, A, a.shape[0], ctx.p, ctx.seed, need)
-        return (
-            gx,
-            None if ga is None else ga.to(a.dtype),
-            None if gb is None else gb.t().mul(ctx.gain).to(b.dtype),
-        )
+def _begun(u: Tensor, B: Tensor, bias: Tensor | None) -> Tensor:
+    """``u B^T + bias``: the bias as one more column, since adding it by itself is a pass over the output."""
+    if bias is None:
+        return u @ B.t()
+    wide = u.new_ones(u.shape[0], u.shape[1] + 1)
+    wide[:, :-1] = u
+    return wide @ torch.cat([B, bias[:, None]], dim=1).t()
 
 
 def _cast(dtype: torch.dtype, a: Tensor, b: Tensor, a0: Tensor | None, b0: Tensor | None) -> Pair:
@@ -200,8 +196,9 @@ class _Dense(Function):
         ctx.gain, ctx.p, ctx.seed, ctx.dtype = scale / keep_rate(p), p, seed, dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         x2 = x.reshape(-1, x.shape[-1]).to(dtype)
-        y = F.linear(x2, W.to(dtype), None if bias is None else bias.to(dtype))
-        _Update.add(ctx, y, x2, a, b, a0, b0)
+        A, B = _cast(dtype, a, b, a0, b0)
+        u = down(x2, A, p, seed).mul_(ctx.gain)
+        y = _begun(u, B, None if bias is None else bias.to(dtype)).addmm_(x2, W.to(dtype).t())
         ctx.save_for_backward(x, W, a, b, a0, b0)
         return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))  # no view: the next adapter may write it
 
@@ -211,7 +208,7 @@ class _Dense(Function):
         x, W, *factors = ctx.saved_tensors
         need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
         x2, G2 = x.reshape(-1, x.shape[-1]).to(ctx.dtype), G.reshape(-1, G.shape[-1])
-        gx, ga, gb = _Update.gradients(ctx, G2, x2, factors, (need_x, need_a, need_b))
+        gx, ga, gb = _gradients(ctx, G2, x2, factors, (need_x, need_a, need_b))
         if need_x:
             gx = gx.addmm_(G2, W.to(ctx.dtype)).view(x.shape).to(x.dtype)
         gw = (G2.t() @ x2).to(W.dtype) if need_w else None
@@ -230,7 +227,8 @@ class _Beside(Function):
         else:
             y = y.clone()
         x2 = x.reshape(-1, x.shape[-1]).to(ctx.dtype)
-        _Update.add(ctx, y.view(-1, y.shape[-1]), x2, a, b, a0, b0)
+        A, B = _cast(ctx.dtype, a, b, a0, b0)
+        y.view(-1, y.shape[-1]).addmm_(down(x2, A, p, seed), B.t(), alpha=ctx.gain)
         ctx.save_for_backward(x, a, b, a0, b0)
         return y
 
@@ -240,6 +238,6 @@ class _Beside(Function):
         x, *factors = ctx.saved_tensors
         need_y, need_x, need_a, need_b = ctx.needs_input_grad[:4]
         x2, G2 = x.reshape(-1, x.shape[-1]).to(ctx.dtype), G.reshape(-1, G.shape[-1])
-        gx, ga, gb = _Update.gradients(ctx, G2, x2, factors, (need_x, need_a, need_b))
+        gx, ga, gb = _gradients(ctx, G2, x2, factors, (need_x, need_a, need_b))
         gx = gx.view(x.shape).to(x.dtype) if need_x else None
         return G if need_y else None, gx, ga, gb, None, None, None, None, None, None
