@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from trimtab.kernels.beside import Rule
-from trimtab.kernels.rebuilt import Recipe
+from trimtab.kernels.rebuilt import Pull, Recipe
 
 __all__ = ["FourierRule", "FourierWeight", "Places", "dense_update"]
 
@@ -130,15 +130,17 @@ class FourierWeight(Recipe):
         self.places, self.index, self.scale = places, index, scale
 
     def delta(self, c: Tensor) -> Tensor:
-        p = self.places
-        if c.requires_grad and torch.is_grad_enabled():  # outside the Function: the form that autograd follows
-            return dense_update(self.index, c, self.scale, p.out, p.fan_in)
-        values = (0.5 * self.scale) * _wide(c)[p.order]
-        half = torch.zeros(p.out * (p.fan_in // 2 + 1), 2, dtype=values.dtype, device=c.device)
-        half[:, 0].index_add_(0, p.flat, values[p.source])
-        return torch.fft.irfft2(torch.view_as_complex(half).view(p.out, -1), s=(p.out, p.fan_in))
+        return dense_update(self.index, c, self.scale, self.places.out, self.places.fan_in)
 
-    def pull(self, G: Tensor, needs: Sequence[bool], c: Tensor) -> tuple[Tensor | None, ...]:
+    def remake(self, W: Tensor | None, needs: Sequence[bool], c: Tensor) -> tuple[Tensor, Pull]:
         p = self.places
-        found = torch.view_as_real(torch.fft.rfft2(_wide(G)).view(-1))[:, 0][p.read]
-        return (torch.empty_like(found).index_copy_(0, p.order, found * (self.scale / (p.out * p.fan_in))),)
+        values = (0.5 * self.scale) * c[p.order]
+        half = torch.zeros(p.out * (p.fan_in // 2 + 1), 2, dtype=c.dtype, device=c.device)
+        half[:, 0].index_add_(0, p.flat, values[p.source])
+        weight = torch.fft.irfft2(torch.view_as_complex(half).view(p.out, -1), s=(p.out, p.fan_in))
+
+        def pull(G: Tensor) -> tuple[Tensor]:
+            found = torch.view_as_real(torch.fft.rfft2(G).view(-1))[:, 0][p.read]
+            return (torch.empty_like(found).index_copy_(0, p.order, found * (self.scale / (p.out * p.fan_in))),)
+
+        return weight if W is None else weight.add_(W), pull

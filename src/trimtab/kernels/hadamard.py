@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trimtab.kernels.beside import Rule
-from trimtab.kernels.rebuilt import Recipe
+from trimtab.kernels.rebuilt import Pull, Recipe
 
 __all__ = ["Hadamard", "KhatriRao", "khatri_rao"]
 
@@ -66,13 +66,23 @@ class Hadamard(Recipe):
     def delta(self, w1a: Tensor, w1b: Tensor, w2a: Tensor, w2b: Tensor) -> Tensor:
         return self.scale * (w1a @ w1b) * (w2a @ w2b)
 
-    def pull(self, G: Tensor, needs: Sequence[bool], *params: Tensor) -> tuple[Tensor | None, ...]:
+    def remake(self, W: Tensor | None, needs: Sequence[bool], *params: Tensor) -> tuple[Tensor, Pull]:
         w1a, w1b, w2a, w2b = params
-        g1a = g1b = g2a = g2b = None
-        if needs[0] or needs[1]:
-            t = (w2a @ w2b).mul_(G).mul_(self.scale)
-            g1a, g1b = t @ w1b.t(), w1a.t() @ t
-        if needs[2] or needs[3]:
-            t = (w1a @ w1b).mul_(G).mul_(self.scale)
-            g2a, g2b = t @ w2b.t(), w2a.t() @ t
-        return g1a, g1b, g2a, g2b
+        first, second = w1a @ w1b, w2a @ w2b
+        if W is None:
+            weight = (first * second).mul_(self.scale)
+        else:
+            weight = torch.addcmul(W, first, second, value=self.scale)
+
+        def pull(G: Tensor) -> tuple[Tensor | None, ...]:
+            G.mul_(self.scale)
+            g1a = g1b = g2a = g2b = None
+            if needs[0] or needs[1]:
+                t = second.mul_(G)
+                g1a, g1b = t @ w1b.t(), w1a.t() @ t
+            if needs[2] or needs[3]:
+                t = first.mul_(G)
+                g2a, g2b = t @ w2b.t(), w2a.t() @ t
+            return g1a, g1b, g2a, g2b
+
+        return weight, pull

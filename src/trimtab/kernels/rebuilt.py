@@ -7,7 +7,7 @@ forms ``G = dY^T x`` once, from which the method's ``Recipe`` reads its gradient
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,18 +18,25 @@ from torch.nn import functional as F
 from trimtab.core.site import Operation
 from trimtab.kernels.mode import compute_dtype, fused
 
-__all__ = ["Recipe", "rebuilt"]
+__all__ = ["Pull", "Recipe", "rebuilt"]
+
+
+Pull = Callable[[Tensor], Sequence[Tensor | None]]
 
 
 class Recipe:
-    """How one method makes ``dW`` from its parameters. Tensors are of the parameters' dtype."""
+    """How one method makes ``dW`` from its parameters. All tensors are of one dtype, the parameters' or a wider ``W``'s."""
 
     def delta(self, *params: Tensor) -> Tensor:
-        """A fresh ``dW`` (out, in), by differentiable operations."""
+        """``dW`` (out, in) by differentiable operations: the definition."""
         raise NotImplementedError
 
-    def pull(self, G: Tensor, needs: Sequence[bool], *params: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of the parameters from ``G = dL/dW`` (out, in)."""
+    def remake(self, W: Tensor | None, needs: Sequence[bool], *params: Tensor) -> tuple[Tensor, Pull]:
+        """A fresh ``W + dW`` (``dW`` alone without ``W``), and the map from ``G = dL/dW`` to the parameters' gradients.
+
+        Runs without a graph, in forward and again in backward. ``G`` may be overwritten; of the gradients only those in
+        ``needs`` are read.
+        """
         raise NotImplementedError
 
 
@@ -45,12 +52,13 @@ def rebuilt(recipe: Recipe, x: Tensor, base: Operation, *params: Tensor) -> Tens
     return _Rebuilt.apply(recipe, compute_dtype(x), x, W, base.bias, *params)
 
 
-def _weight(recipe: Recipe, W: Tensor | None, dtype: torch.dtype, params: Sequence[Tensor]) -> Tensor:
-    """``W + dW`` in ``dtype``; the sum is formed in the parameters' dtype, or ``W``'s if that is wider."""
-    delta = recipe.delta(*params)
-    if W is not None:
-        delta = delta.add_(W) if torch.promote_types(delta.dtype, W.dtype) == delta.dtype else delta + W
-    return delta.to(dtype)
+def _remake(
+    recipe: Recipe, W: Tensor | None, needs: Sequence[bool], params: Sequence[Tensor], dtype: torch.dtype
+) -> tuple[Tensor, Pull, torch.dtype]:
+    """``W + dW`` in ``dtype``; the sum is formed in the widest dtype of ``W`` and the parameters, float32 at least."""
+    wide = torch.promote_types(params[0].dtype, torch.float32 if W is None else torch.promote_types(W.dtype, torch.float32))
+    weight, pull = recipe.remake(None if W is None else W.to(wide), needs, *(p.to(wide) for p in params))
+    return weight.to(dtype), pull, wide
 
 
 class _Rebuilt(torch.autograd.Function):
@@ -60,7 +68,8 @@ class _Rebuilt(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, W, *params)
         ctx.recipe, ctx.dtype, ctx.bias_dtype = recipe, dtype, None if bias is None else bias.dtype
-        return F.linear(x.to(dtype), _weight(recipe, W, dtype, params), None if bias is None else bias.to(dtype))
+        weight = _remake(recipe, W, (False,) * len(params), params, dtype)[0]
+        return F.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype))
 
     @staticmethod
     @once_differentiable
@@ -69,12 +78,14 @@ class _Rebuilt(torch.autograd.Function):
         _, _, needs_x, _, needs_bias, *needs = ctx.needs_input_grad
         flat = dy.reshape(-1, dy.shape[-1])
         gx = None
+        weight, pull, wide = _remake(ctx.recipe, W, needs, params, ctx.dtype)
         if needs_x:
-            gx = (flat @ _weight(ctx.recipe, W, ctx.dtype, params)).view(x.shape).to(x.dtype)
+            gx = (flat @ weight).view(x.shape).to(x.dtype)
+        del weight
         grads: Sequence[Tensor | None] = [None] * len(params)
         if any(needs):
             G = flat.t() @ x.reshape(-1, x.shape[-1]).to(ctx.dtype)
-            grads = ctx.recipe.pull(G.to(params[0].dtype), needs, *params)
+            grads = pull(G.to(wide))
         grads = [None if g is None or not need else g.to(p.dtype) for g, need, p in zip(grads, needs, params, strict=True)]
         gb = flat.sum(0).to(ctx.bias_dtype) if needs_bias else None
         return None, None, gx, None, gb, *grads

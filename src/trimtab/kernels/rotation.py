@@ -10,6 +10,7 @@ its Neumann series (OFTv2, arXiv 2506.19847) ``I - 2Q + 2Q^2 - ... +- Q^K``, who
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from trimtab.core.site import Operation
 from trimtab.kernels.mode import compute_dtype, fused
 
-__all__ = ["Blocks", "cayley", "dense_rotation", "neumann", "rotate", "skew", "turn"]
+__all__ = ["Blocks", "CayleyBlocks", "cayley", "dense_rotation", "neumann", "rotate", "rotated_linear", "skew", "turn"]
 
 
 def skew(vector: Tensor, size: int) -> Tensor:
@@ -46,6 +48,9 @@ def neumann(Q: Tensor, terms: int) -> Tensor:
     return total - Q @ total
 
 
+Pull = Callable[[Tensor], "list[Tensor | None]"]
+
+
 class Blocks:
     """How a method makes its orthogonal blocks ``(factors, blocks or 1, size, size)`` from its parameters."""
 
@@ -53,16 +58,63 @@ class Blocks:
         """By differentiable operations, in the parameters' dtype (at least float32)."""
         raise NotImplementedError
 
+    def remake(self, needs: Sequence[bool], *params: Tensor) -> tuple[Tensor, Pull]:
+        """The blocks again, without a graph, and the map from their gradient to the parameters': here by autograd."""
+        with torch.enable_grad():  # a graph of the blocks' small size, freed when backward ends
+            leaves = [p.detach().requires_grad_(need) for p, need in zip(params, needs, strict=True)]
+            made = self.blocks(*leaves)
+
+        def pull(g: Tensor) -> list[Tensor | None]:
+            found = iter(torch.autograd.grad(made, [leaf for leaf in leaves if leaf.requires_grad], g))
+            return [next(found) if need else None for need in needs]
+
+        return made.detach(), pull
+
+
+class CayleyBlocks(Blocks):
+    """Exact blocks of one parameter. With ``M = (I + Q)^{-1}``: ``R = 2M - I`` and ``dL/dQ = -2 M^T (dL/dR) M^T``."""
+
+    def skew(self, parameter: Tensor) -> Tensor:
+        """``Q`` (factors, blocks or 1, size, size)."""
+        raise NotImplementedError
+
+    def skew_gradient(self, g: Tensor) -> Tensor:
+        """The parameter's gradient from ``g - g^T`` with ``g = dL/dQ``."""
+        raise NotImplementedError
+
+    def blocks(self, parameter: Tensor) -> Tensor:
+        return cayley(self.skew(parameter))
+
+    def remake(self, needs: Sequence[bool], parameter: Tensor) -> tuple[Tensor, Pull]:
+        R = self.blocks(parameter)
+
+        def pull(g: Tensor) -> list[Tensor | None]:
+            eye = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
+            M = (0.5 * (R + eye)).transpose(-1, -2)
+            g = M @ g @ M
+            return [self.skew_gradient((g - g.transpose(-1, -2)).mul_(-2))]
+
+        return R, pull
+
 
 def rotate(x: Tensor, maker: Blocks, *params: Tensor) -> Tensor:
     """``x R`` for ``x`` (..., width); keeps ``x`` alone and makes the blocks again in backward."""
     dtype = compute_dtype(x)
     if fused(x, *params):
-        return _Rotate.apply(maker, dtype, x, *params)
+        return _Rotate.apply(maker, dtype, x, None, None, *params)
     flat, R = x.reshape(-1, x.shape[-1]).to(dtype), maker.blocks(*params).to(dtype)
     for level in reversed(range(R.shape[0])):
         flat = turn(flat, R[level], level)
     return flat.reshape(x.shape)
+
+
+def rotated_linear(x: Tensor, base: Operation, maker: Blocks, *params: Tensor, bias: bool = True) -> Tensor:
+    """``base(x R)`` for a linear place, with or without the base's bias; fused with a dense frozen base."""
+    W = base.dense
+    if W is None or W.requires_grad or not fused(x, W, *params):
+        z = rotate(x, maker, *params)
+        return base(z) if bias else base.matmul(z)
+    return _Rotate.apply(maker, compute_dtype(x), x, W, base.bias if bias else None, *params)
 
 
 def dense_rotation(W: Tensor, R: Tensor) -> Tensor:
@@ -74,75 +126,74 @@ def dense_rotation(W: Tensor, R: Tensor) -> Tensor:
     return W
 
 
-def turn(x: Tensor, R: Tensor, level: int) -> Tensor:
-    """``x B`` for one factor: ``x`` (n, width), ``R`` (blocks or 1, size, size)."""
+def turn(x: Tensor, R: Tensor, level: int, into: Tensor | None = None) -> Tensor:
+    """``x B`` for one factor: ``x`` (n, width), ``R`` (blocks or 1, size, size); written to ``into`` (may be ``x``) if given."""
     size = R.shape[-1]
-    if level == 0 and R.shape[0] == 1:
+    if R.shape[0] == 1 and level == 0:
         return (x.reshape(-1, size) @ R[0]).reshape(x.shape)
-    return _join(torch.bmm(_split(x, size, level), R), level)
+    blocks = _shuffled(x, size, level)
+    turned = torch.bmm(blocks.reshape(-1, x.shape[0], size), R)
+    if into is not None:
+        _shuffled(into, size, level).copy_(turned.view(blocks.shape))
+        return into
+    return turned.view(blocks.shape).permute(2, 0, 3, 1, 4).reshape(x.shape)
 
 
-def _split(x: Tensor, size: int, level: int) -> Tensor:
-    """``(n, width) -> (blocks, n, size)``, the factor's shuffle done; a view at level 0."""
-    if level == 0:
-        return x.unflatten(1, (-1, size)).transpose(0, 1)
-    pairs = 2**level
-    halves = x.reshape(x.shape[0], -1, 2, pairs, size // 2)  # (n, group, half, pair, entry)
-    return halves.permute(1, 3, 0, 2, 4).reshape(-1, x.shape[0], size)
-
-
-def _join(blocks: Tensor, level: int) -> Tensor:
-    """Inverse of ``_split``: ``(blocks, n, size) -> (n, width)``."""
-    count, n, size = blocks.shape
-    if level == 0:
-        return blocks.transpose(0, 1).reshape(n, count * size)
-    pairs = 2**level
-    halves = blocks.reshape(count // pairs, pairs, n, 2, size // 2)
-    return halves.permute(2, 0, 3, 1, 4).reshape(n, count * size)
+def _shuffled(x: Tensor, size: int, level: int) -> Tensor:
+    """A view of ``x`` (n, width) in the factor's order: (group, pair, n, half, entry), ``group * pair`` counting its blocks."""
+    halves = (2, 2**level, size // 2) if level else (1, 1, size)  # neighbours need no halves, and blocks may be odd
+    return x.unflatten(1, (-1, *halves)).permute(1, 3, 0, 2, 4)
 
 
 def _block_gradient(x: Tensor, g: Tensor, R: Tensor, level: int) -> Tensor:
     """Gradient of ``turn``'s blocks: ``x^T g``, block by block."""
-    size = R.shape[-1]
+    size, n = R.shape[-1], x.shape[0]
     if R.shape[0] == 1 and level == 0:
         return (x.view(-1, size).t() @ g.view(-1, size))[None]
-    return torch.bmm(_split(x, size, level).transpose(1, 2), _split(g, size, level))
+    x, g = (_shuffled(t, size, level).reshape(-1, n, size) for t in (x, g))
+    return torch.bmm(x.transpose(1, 2), g)
 
 
 class _Rotate(torch.autograd.Function):
+    """``x R`` if ``W`` is None, else ``(x R) W^T + bias``."""
+
     @staticmethod
-    def forward(ctx: Any, maker: Blocks, dtype: torch.dtype, x: Tensor, *params: Tensor) -> Tensor:
-        ctx.save_for_backward(x, *params)
-        ctx.maker, ctx.dtype = maker, dtype
+    def forward(
+        ctx: Any, maker: Blocks, dtype: torch.dtype, x: Tensor, W: Tensor | None, bias: Tensor | None, *params: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x, W, *params)
+        ctx.maker, ctx.dtype, ctx.bias_dtype = maker, dtype, None if bias is None else bias.dtype
         flat, R = x.reshape(-1, x.shape[-1]).to(dtype), maker.blocks(*params).to(dtype)
-        for level in reversed(range(R.shape[0])):
+        for level in reversed(range(1, R.shape[0])):
             flat = turn(flat, R[level], level)
-        return flat.view(x.shape)
+        y = turn(flat, R[0], 0)
+        if W is not None:
+            y = F.linear(y, W.to(dtype), None if bias is None else bias.to(dtype))
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, *params = ctx.saved_tensors
-        _, _, needs_x, *needs = ctx.needs_input_grad
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, W, *params = ctx.saved_tensors
+        _, _, needs_x, _, needs_bias, *needs = ctx.needs_input_grad
         learn = any(needs)
-        with torch.enable_grad():  # the blocks again, with a graph of their own small size
-            leaves = [p.detach().requires_grad_(need) for p, need in zip(params, needs, strict=True)]
-            made = ctx.maker.blocks(*leaves)
-        R = made.detach().to(ctx.dtype)
+        dy = dy.reshape(-1, dy.shape[-1]).to(ctx.dtype).contiguous()
+        g = dy if W is None else dy @ W.to(ctx.dtype)
+        made, pull = ctx.maker.remake(needs, *params)
+        R = made.to(ctx.dtype)
         inputs = {R.shape[0] - 1: x.reshape(-1, x.shape[-1]).to(ctx.dtype).contiguous()}
         if learn:
             for level in reversed(range(1, R.shape[0])):
                 inputs[level - 1] = turn(inputs[level], R[level], level)
-        g = g.reshape(-1, g.shape[-1]).to(ctx.dtype).contiguous()
         gR = torch.empty_like(R) if learn else None
         for level in range(R.shape[0]):
             if learn:
                 gR[level] = _block_gradient(inputs.pop(level), g, R[level], level)
             if needs_x or level + 1 < R.shape[0]:
-                g = turn(g, R[level].transpose(-1, -2), level)
+                g = turn(g, R[level].transpose(-1, -2), level, into=None if g is dy else g)
+        gx = g.view(x.shape).to(x.dtype) if needs_x else None
+        gb = dy.sum(0).to(ctx.bias_dtype) if needs_bias else None
         grads: list[Tensor | None] = [None] * len(params)
         if learn:
-            chosen = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
-            found = iter(torch.autograd.grad(made, chosen, gR.to(made.dtype)))
-            grads = [next(found) if need else None for need in needs]
-        return None, None, g.view(x.shape).to(x.dtype) if needs_x else None, *grads
+            grads = [g if g is None else g.to(p.dtype) for g, p in zip(pull(gR.to(made.dtype)), params, strict=True)]
+        return None, None, gx, None, gb, *grads

@@ -19,7 +19,7 @@ from trimtab.core.errors import ShapeMismatch
 from trimtab.core.registry import method
 from trimtab.core.site import Operation, Site
 from trimtab.kernels.divisors import nearest_divisors
-from trimtab.kernels.rotation import Blocks, cayley, dense_rotation, rotate
+from trimtab.kernels.rotation import CayleyBlocks, dense_rotation, rotated_linear
 
 __all__ = ["BOFT", "BOFTAdapter"]
 
@@ -59,10 +59,15 @@ class BOFT(MethodConfig):
         return width // self.blocks if self.blocks else self.block_size or 8
 
 
-class _Made(Blocks):
-    def blocks(self, X: Tensor) -> Tensor:
+class _Stored(CayleyBlocks):
+    """Blocks stored in full, of which the skew part counts."""
+
+    def skew(self, X: Tensor) -> Tensor:
         X = X.to(torch.promote_types(X.dtype, torch.float32))
-        return cayley(0.5 * (X - X.transpose(-1, -2)))
+        return 0.5 * (X - X.transpose(-1, -2))
+
+    def skew_gradient(self, g: Tensor) -> Tensor:
+        return 0.5 * g
 
 
 @method(BOFT, paper="arXiv:2311.06243 Sec. 4", tests=({"block_size": 2, "factors": 2}, {"block_size": 4, "factors": 1}))
@@ -81,7 +86,7 @@ class BOFTAdapter(Reparameterization):
         size = config.size(width)
         self.x = self.zeros(config.factors, width // size, size, size)
         self.s = self.ones(out, 1)
-        self.maker = _Made()
+        self.maker = _Stored()
 
     @classmethod
     def check(cls, config: BOFT, site: Site) -> None:
@@ -109,6 +114,6 @@ class BOFTAdapter(Reparameterization):
         X = self.x
         if self.training and self.config.dropout:
             X = X * (torch.rand(*X.shape[:2], 1, 1, device=X.device) >= self.config.dropout)  # X = 0 gives the identity
-        z = base.matmul(rotate(x, self.maker, X))
+        z = rotated_linear(x, base, self.maker, X, bias=False)
         s = self.s[:, 0].to(z.dtype)
         return z * s if base.bias is None else torch.addcmul(base.bias.to(z.dtype), z, s)

@@ -19,7 +19,7 @@ from trimtab.core.errors import ShapeMismatch
 from trimtab.core.registry import method
 from trimtab.core.site import Operation, Site
 from trimtab.kernels.divisors import nearest_divisors
-from trimtab.kernels.rotation import Blocks, cayley, dense_rotation, neumann, rotate, skew
+from trimtab.kernels.rotation import Blocks, CayleyBlocks, cayley, dense_rotation, neumann, rotate, rotated_linear, skew
 
 __all__ = ["OFT", "OFTAdapter"]
 
@@ -66,14 +66,29 @@ class OFT(MethodConfig):
 
 
 @dataclass(frozen=True)
+class _Exact(CayleyBlocks):
+    """Free skew blocks, exact Cayley."""
+
+    size: int
+
+    def skew(self, vector: Tensor) -> Tensor:
+        return skew(vector.to(torch.promote_types(vector.dtype, torch.float32)), self.size)[None]
+
+    def skew_gradient(self, g: Tensor) -> Tensor:
+        rows, columns = torch.triu_indices(self.size, self.size, 1, device=g.device)
+        return g[0].flatten(1).index_select(1, rows * self.size + columns)
+
+
+@dataclass(frozen=True)
 class _Made(Blocks):
+    """Skew blocks kept within a ball (COFT), or Neumann's series, or both."""
+
     size: int
     neumann: int | None
     eps: float | None
 
     def blocks(self, vector: Tensor) -> Tensor:
-        vector = vector.to(torch.promote_types(vector.dtype, torch.float32))
-        Q = skew(vector, self.size)
+        Q = skew(vector.to(torch.promote_types(vector.dtype, torch.float32)), self.size)
         if self.eps is not None:
             limit = self.eps / math.sqrt(vector.shape[0])
             Q = Q * (limit / Q.flatten(1).norm(dim=1).clamp_min(limit))[:, None, None]
@@ -96,7 +111,8 @@ class OFTAdapter(Reparameterization):
         width = self.width(site)
         size = config.size(width)
         self.q = self.zeros(1 if config.block_share else width // size, size * (size - 1) // 2)
-        self.maker = _Made(size, config.neumann, config.eps)
+        exact = config.neumann is None and config.eps is None
+        self.maker = _Exact(size) if exact else _Made(size, config.neumann, config.eps)
 
     @staticmethod
     def width(site: Site) -> int:
@@ -128,4 +144,4 @@ class OFTAdapter(Reparameterization):
             q = q * (torch.rand(q.shape[0], 1, device=q.device) >= self.config.dropout)  # Q = 0 gives R = I
         if base.kind == "embedding":
             return rotate(base(x), self.maker, q)
-        return base(rotate(x, self.maker, q))
+        return rotated_linear(x, base, self.maker, q)
