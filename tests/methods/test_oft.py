@@ -101,6 +101,12 @@ def test_kernel_gradcheck_and_plain_form(config):
     assert torch.autograd.gradcheck(lambda x, q: rotate(x, adapter.maker, q), (x, adapter.q))
 
 
+def test_many_rows_run_in_pieces(monkeypatch):
+    monkeypatch.setattr("trimtab.kernels.rotation._RUN", 1)
+    place = site(layer(10, 12))
+    assert_law(build(OFT(block_size=4), place), place, tokens=(150,))  # pieces of 64, 64 and 22 rows
+
+
 def test_an_embedding_rotates_its_vectors():
     module = nn.Embedding(7, 6, dtype=D).requires_grad_(False)
     place = EmbeddingSite(module=module, path="e", tensor="weight", shape=(6, 7), dtype=D, adapter_dtype=D)

@@ -26,10 +26,9 @@ __all__ = ["Blocks", "CayleyBlocks", "cayley", "dense_rotation", "neumann", "rot
 
 def skew(vector: Tensor, size: int) -> Tensor:
     """Skew matrices (n, size, size) from their strict upper triangles, row by row, (n, size (size - 1) / 2)."""
-    index = torch.zeros(size, size, dtype=torch.long, device=vector.device)
     rows, columns = torch.triu_indices(size, size, 1, device=vector.device)
-    index[rows, columns] = torch.arange(1, len(rows) + 1, device=vector.device)
-    upper = F.pad(vector, (1, 0))[..., index]  # entry 0, a zero, fills the rest
+    flat = torch.zeros(*vector.shape[:-1], size * size, dtype=vector.dtype, device=vector.device)
+    upper = flat.index_copy(-1, rows * size + columns, vector).unflatten(-1, (size, size))
     return upper - upper.transpose(-1, -2)
 
 
@@ -48,6 +47,7 @@ def neumann(Q: Tensor, terms: int) -> Tensor:
     return total - Q @ total
 
 
+_RUN = 1 << 18  # entries of one run of rows: they stay in a core's second-level cache
 Pull = Callable[[Tensor], "list[Tensor | None]"]
 
 
@@ -128,15 +128,19 @@ def dense_rotation(W: Tensor, R: Tensor) -> Tensor:
 
 def turn(x: Tensor, R: Tensor, level: int, into: Tensor | None = None) -> Tensor:
     """``x B`` for one factor: ``x`` (n, width), ``R`` (blocks or 1, size, size); written to ``into`` (may be ``x``) if given."""
-    size = R.shape[-1]
+    n, size = x.shape[0], R.shape[-1]
     if R.shape[0] == 1 and level == 0:
         return (x.reshape(-1, size) @ R[0]).reshape(x.shape)
-    blocks = _shuffled(x, size, level)
-    turned = torch.bmm(blocks.reshape(-1, x.shape[0], size), R)
-    if into is not None:
-        _shuffled(into, size, level).copy_(turned.view(blocks.shape))
-        return into
-    return turned.view(blocks.shape).permute(2, 0, 3, 1, 4).reshape(x.shape)
+    if into is None:
+        blocks = _shuffled(x, size, level)
+        turned = torch.bmm(blocks.reshape(-1, n, size), R).view(blocks.shape)
+        return turned.permute(2, 0, 3, 1, 4).reshape(x.shape)
+    run = n if x.is_cuda else max(64, _RUN // x.shape[1])
+    for start in range(0, n, run):  # products come out block by block: what is to be moved stays in the cache
+        blocks = _shuffled(x[start : start + run], size, level)
+        turned = torch.bmm(blocks.reshape(-1, blocks.shape[2], size), R)
+        _shuffled(into[start : start + run], size, level).copy_(turned.view(blocks.shape))
+    return into
 
 
 def _shuffled(x: Tensor, size: int, level: int) -> Tensor:
@@ -164,9 +168,10 @@ class _Rotate(torch.autograd.Function):
         ctx.save_for_backward(x, W, *params)
         ctx.maker, ctx.dtype, ctx.bias_dtype = maker, dtype, None if bias is None else bias.dtype
         flat, R = x.reshape(-1, x.shape[-1]).to(dtype), maker.blocks(*params).to(dtype)
-        for level in reversed(range(1, R.shape[0])):
-            flat = turn(flat, R[level], level)
-        y = turn(flat, R[0], 0)
+        flat = flat.contiguous()
+        y = torch.empty_like(flat)
+        for level in reversed(range(R.shape[0])):
+            flat = y = turn(flat, R[level], level, into=y)
         if W is not None:
             y = F.linear(y, W.to(dtype), None if bias is None else bias.to(dtype))
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -181,16 +186,17 @@ class _Rotate(torch.autograd.Function):
         g = dy if W is None else dy @ W.to(ctx.dtype)
         made, pull = ctx.maker.remake(needs, *params)
         R = made.to(ctx.dtype)
-        inputs = {R.shape[0] - 1: x.reshape(-1, x.shape[-1]).to(ctx.dtype).contiguous()}
+        x2 = x.reshape(-1, x.shape[-1]).to(ctx.dtype).contiguous()
+        inputs = {R.shape[0] - 1: x2}
         if learn:
             for level in reversed(range(1, R.shape[0])):
-                inputs[level - 1] = turn(inputs[level], R[level], level)
+                inputs[level - 1] = turn(inputs[level], R[level], level, into=torch.empty_like(inputs[level]))
         gR = torch.empty_like(R) if learn else None
         for level in range(R.shape[0]):
             if learn:
                 gR[level] = _block_gradient(inputs.pop(level), g, R[level], level)
             if needs_x or level + 1 < R.shape[0]:
-                g = turn(g, R[level].transpose(-1, -2), level, into=None if g is dy else g)
+                g = turn(g, R[level].transpose(-1, -2), level, into=torch.empty_like(x2) if g is dy else g)
         gx = g.view(x.shape).to(x.dtype) if needs_x else None
         gb = dy.sum(0).to(ctx.bias_dtype) if needs_bias else None
         grads: list[Tensor | None] = [None] * len(params)
