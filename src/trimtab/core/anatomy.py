@@ -180,7 +180,7 @@ def _attention_roles(block: str, inside: list[str], modules: dict[str, nn.Module
         elif role and _plausible(role, module, path, inside, modules):
             roles[path] = role
             containers.append(_container(path, block))
-    for container in dict.fromkeys(containers):
+    for container in filter(None, dict.fromkeys(containers)):  # bare q, k, v of the root: nothing says what is o
         others = [p for p in inside if p.startswith(f"{container}.") and is_matrix(modules[p]) and p not in roles]
         given = width or next(sizes(modules[p])[1] for p in roles if p.startswith(f"{container}."))
         outputs = [p for p in others if sizes(modules[p])[0] == given and _under_attention(p, container, roles)]

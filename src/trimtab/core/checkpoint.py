@@ -58,10 +58,10 @@ def save(model: nn.Module, path: str | os.PathLike, *, name: str | None = None, 
     root = unwrap(model)
     state = state_of(root)
     group = adapter_group(state, _only(list(state.groups), name))
-    if format != "trimtab":
-        return _format(format).save(root, Path(path), group.name)
     tensors = tensors_of(group)
     _refuse_bad(tensors)
+    if format != "trimtab":
+        return _format(format).save(root, Path(path), group.name)
     unique, aliases = _without_copies(tensors)
     manifest = {
         "format": "trimtab",
@@ -101,9 +101,10 @@ def load(
     """
     root = unwrap(model)
     folder = Path(path)
-    for other in FORMATS.values():
-        if other.test(folder):
-            return other.load(root, folder, name=name, trainable=trainable, active=active)
+    if not (folder / MANIFEST).exists():
+        for other in _formats().values():
+            if other.test(folder):
+                return other.load(root, folder, name=name, trainable=trainable, active=active)
     manifest = read_manifest(folder)
     tensors = _read_tensors(folder, manifest)
     name = name or manifest["name"]
@@ -146,7 +147,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(file.read_text("utf-8"))
     except FileNotFoundError:
-        inside = ", ".join(sorted(p.name for p in Path(folder).iterdir())) if Path(folder).is_dir() else "no such folder"
+        names = sorted(p.name for p in Path(folder).iterdir()) if Path(folder).is_dir() else ["no such folder"]
+        inside = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
         raise CheckpointMismatch(
             f"{folder} holds no trimtab adapter: there is no {MANIFEST} (found: {inside or 'nothing'})"
         ) from None
@@ -172,10 +174,15 @@ def _only(names: list[str], name: str | None) -> str:
     return names[0]
 
 
-def _format(format: str) -> Any:
-    import trimtab.compat  # noqa: F401  fills FORMATS
+def _formats() -> dict[str, Any]:
+    """The other formats; their modules are imported by the first folder that has no manifest."""
+    import trimtab.compat.peft  # noqa: F401  fills FORMATS
 
-    if format not in FORMATS:
+    return FORMATS
+
+
+def _format(format: str) -> Any:
+    if format not in _formats():
         raise Unsupported(f"unknown format {format!r}{nearest(format, ['trimtab', *FORMATS])}")
     return FORMATS[format]
 

@@ -28,6 +28,6 @@ def fused(*tensors: Tensor | None) -> bool:
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which a matrix product of ``x`` runs: autocast's if it is on (float64 is exempt from it), else ``x``'s."""
     kind = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+    if x.dtype != torch.float64 and kind != "meta" and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return x.dtype
