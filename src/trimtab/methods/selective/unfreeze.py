@@ -9,9 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from trimtab.core.contracts import MethodConfig, Selection
-from trimtab.core.errors import Unsupported
 from trimtab.core.registry import method
-from trimtab.core.site import Site
 
 __all__ = ["Unfreeze", "UnfreezeAdapter"]
 
@@ -20,8 +18,8 @@ __all__ = ["Unfreeze", "UnfreezeAdapter"]
 class Unfreeze(MethodConfig):
     """Every parameter at and below the targeted modules learns; default the head.
 
-    For a new classifier head beside another method, or for full fine-tuning of some blocks. A target may also name one
-    tensor (``targets="model.norm.weight"``). It stores a full copy of what it unfreezes: for large matrices use LoRA.
+    For a new classifier head beside another method, or for full fine-tuning of some blocks. It stores a full copy of what
+    it unfreezes: for large matrices use LoRA.
     """
 
 
@@ -31,12 +29,3 @@ class UnfreezeAdapter(Selection):
 
     targets = "head"
     tensors = None
-
-    @classmethod
-    def check(cls, config: Unfreeze, site: Site) -> None:
-        rows = site.rows
-        if rows is not None and rows.start + (rows.blocks - 1) * rows.stride + rows.size > site.parameter().shape[0]:
-            raise Unsupported(
-                f"{site.path}.{site.tensor} is no part of the fused projection that holds {site.part!r}; "
-                f"unfreeze the whole module {site.path}"
-            )
