@@ -215,10 +215,18 @@ def _floor(model: nn.Module, inputs: dict[str, Tensor]) -> int:
 
 
 class _CpuAttention(TorchFunctionMode):
-    """Fused attention on the meta device, where torch would otherwise expand it into a product of all pairs of tokens."""
+    """Fused attention on the meta device, where torch would otherwise expand it into a product of all pairs of tokens.
+
+    Questions about values ("is this batch unpadded, unpacked?") are answered with yes: the plan is for a full batch.
+    """
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in (Tensor.__bool__, Tensor.item) and args[0].is_meta and args[0].dtype == torch.bool:
+            return True
+        if func is Tensor.backward:
+            with self:  # a mode is off inside its own handler, and checkpointed blocks run again in backward
+                return func(*args, **kwargs)
         if func is not F.scaled_dot_product_attention or not args[0].is_meta:
             return func(*args, **kwargs)
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
