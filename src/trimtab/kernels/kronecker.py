@@ -52,26 +52,24 @@ class Kronecker(Rule):
         if right is None:
             y.view(m.shape).add_(m)
         else:
-            y.view(-1, right.shape[0]).addmm_(m.view(-1, m.shape[-1]), right.t())
+            _rows(y, self.o1).addmm_(m.flatten(0, 1), right.t())
 
     def pull(
         self, dy: Tensor, x: Tensor, gx: Tensor | None, needs: Sequence[bool], w1: Tensor, *w2: Tensor
     ) -> tuple[Tensor | None, ...]:
         left, right = self._split(w2)
         n, last = x.shape[0], self.right and needs[-1]
-        rows = dy.view(n * self.o1, -1)
-        e = (rows if right is None else rows @ right).view(n, self.o1, -1)  # gradient of m = w1 h
+        rows = _rows(dy, self.o1)
+        e = (rows if right is None else rows @ right).unflatten(0, (n, self.o1))  # gradient of m = w1 h
         h = self._thin(x, left) if needs[0] or last else None
-        g1 = torch.bmm(e, h.transpose(1, 2)).sum(0) if needs[0] else None
-        grads = [g1]
-        gh = torch.matmul(w1.t(), e).view(n * self.i1, -1)
-        flat = x.view(n * self.i1, -1)
+        grads = [torch.bmm(e, h.transpose(1, 2)).sum(0) if needs[0] else None]
+        gh = torch.matmul(w1.t(), e).flatten(0, 1)
         if left is not None:
-            grads.append(gh.t() @ flat if needs[1] else None)
+            grads.append(gh.t() @ _rows(x, self.i1) if needs[1] else None)
         if right is not None:
-            grads.append(rows.t() @ torch.matmul(w1, h).view(n * self.o1, -1) if last else None)
+            grads.append(rows.t() @ torch.matmul(w1, h).flatten(0, 1) if last else None)
         if gx is not None:
-            gx = gx.view(flat.shape)
+            gx = _rows(gx, self.i1)
             gx.add_(gh) if left is None else gx.addmm_(gh, left)
         return tuple(grads)
 
@@ -80,5 +78,10 @@ class Kronecker(Rule):
 
     def _thin(self, x: Tensor, left: Tensor | None) -> Tensor:
         """``X L^T``: (tokens, i1, k)."""
-        blocks = x.view(x.shape[0], self.i1, -1)
-        return blocks if left is None else (blocks.view(-1, blocks.shape[-1]) @ left.t()).view(x.shape[0], self.i1, -1)
+        rows = _rows(x, self.i1)
+        return (rows if left is None else rows @ left.t()).unflatten(0, (x.shape[0], self.i1))
+
+
+def _rows(t: Tensor, parts: int) -> Tensor:
+    """(tokens, parts * size) -> (tokens * parts, size), a view."""
+    return t.view(t.shape[0] * parts, t.shape[1] // parts)

@@ -133,12 +133,12 @@ def turn(x: Tensor, R: Tensor, level: int, into: Tensor | None = None) -> Tensor
         return (x.reshape(-1, size) @ R[0]).reshape(x.shape)
     if into is None:
         blocks = _shuffled(x, size, level)
-        turned = torch.bmm(blocks.reshape(-1, n, size), R).view(blocks.shape)
+        turned = torch.bmm(_batched(blocks), R).view(blocks.shape)
         return turned.permute(2, 0, 3, 1, 4).reshape(x.shape)
     run = n if x.is_cuda else max(64, _RUN // x.shape[1])
     for start in range(0, n, run):  # products come out block by block: what is to be moved stays in the cache
         blocks = _shuffled(x[start : start + run], size, level)
-        turned = torch.bmm(blocks.reshape(-1, blocks.shape[2], size), R)
+        turned = torch.bmm(_batched(blocks), R)
         _shuffled(into[start : start + run], size, level).copy_(turned.view(blocks.shape))
     return into
 
@@ -149,12 +149,17 @@ def _shuffled(x: Tensor, size: int, level: int) -> Tensor:
     return x.unflatten(1, (-1, *halves)).permute(1, 3, 0, 2, 4)
 
 
+def _batched(blocks: Tensor) -> Tensor:
+    """(group, pair, n, half, entry) -> (blocks, n, size); a view at level 0."""
+    return blocks.flatten(3, 4).flatten(0, 1)
+
+
 def _block_gradient(x: Tensor, g: Tensor, R: Tensor, level: int) -> Tensor:
     """Gradient of ``turn``'s blocks: ``x^T g``, block by block."""
-    size, n = R.shape[-1], x.shape[0]
+    size = R.shape[-1]
     if R.shape[0] == 1 and level == 0:
         return (x.view(-1, size).t() @ g.view(-1, size))[None]
-    x, g = (_shuffled(t, size, level).reshape(-1, n, size) for t in (x, g))
+    x, g = (_batched(_shuffled(t, size, level)) for t in (x, g))
     return torch.bmm(x.transpose(1, 2), g)
 
 
