@@ -130,7 +130,7 @@ def plan(
     with _CpuAttention():
         activations = _alive(base, inputs) if checkpointing else _saved(base, inputs)
         with LiveBytes() as live, count_flops() as counter:
-            _loss(base, inputs).backward()
+            torch.autograd.backward(_loss(base, inputs))  # not Tensor.backward: the mode would be off inside
     return Plan(
         trainable=numbers, base=count, adapter_bytes=own, gradient_bytes=own, optimizer_bytes=OPTIMIZERS[optimizer] * numbers,
         weight_bytes=weights, activation_bytes=activations, peak_bytes=live.peak, flops=counter.get_total_flops(),
@@ -206,7 +206,7 @@ def _floor(model: nn.Module, inputs: dict[str, Tensor]) -> int:
     hook = first.register_forward_hook(lambda module, args, y: y.requires_grad_(True))
     try:
         with _CpuAttention(), count_flops() as counter:
-            _loss(model, inputs).backward()
+            torch.autograd.backward(_loss(model, inputs))
     finally:
         hook.remove()
         for parameter, flag in flags:
@@ -224,9 +224,6 @@ class _CpuAttention(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in (Tensor.__bool__, Tensor.item) and args[0].is_meta and args[0].dtype == torch.bool:
             return True
-        if func is Tensor.backward:
-            with self:  # a mode is off inside its own handler, and checkpointed blocks run again in backward
-                return func(*args, **kwargs)
         if func is not F.scaled_dot_product_attention or not args[0].is_meta:
             return func(*args, **kwargs)
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
