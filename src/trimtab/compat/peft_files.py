@@ -1,0 +1,172 @@
+"""The two files of a peft adapter folder, and the rules by which peft's configs name modules."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Collection, Iterable, Sequence
+from functools import lru_cache
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from trimtab.core.errors import CheckpointMismatch
+
+__all__ = [
+    "CONFIG",
+    "PREFIX",
+    "pattern_key",
+    "read_config",
+    "read_tensors",
+    "report",
+    "saved_whole",
+    "targeted",
+    "write_folder",
+]
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
+PREFIX = "base_model.model."
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """``adapter_config.json``.
+
+    Raises:
+        CheckpointMismatch: it is no JSON object, or names no peft type.
+    """
+    file = folder / CONFIG
+    try:
+        config = json.loads(file.read_text("utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointMismatch(f"{file} is damaged: {error}") from None
+    if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
+        raise CheckpointMismatch(f"{file} is not a peft config: it names no peft_type")
+    return config
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors, fp16 and bf16 ones as float32 (as peft loads them), without peft's and compile's prefixes.
+
+    Raises:
+        CheckpointMismatch: there is no such file, or it is damaged.
+    """
+    file = folder / TENSORS
+    if not file.is_file():
+        file = folder / PICKLE
+    if not file.is_file():
+        inside = ", ".join(sorted(p.name for p in folder.iterdir()))
+        raise CheckpointMismatch(f"{folder} is no whole peft adapter: it lacks {TENSORS} (found: {inside})")
+    try:
+        stored = load_file(file) if file.name == TENSORS else torch.load(file, map_location="cpu", weights_only=True)
+    except SafetensorError as error:
+        raise CheckpointMismatch(f"{file} is no readable safetensors file: {error}; restore it from a copy") from None
+    except Exception as error:  # torch.load has no error type of its own
+        raise CheckpointMismatch(f"{file} cannot be read: {error}; restore it from a copy") from None
+    wide = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
+    return {
+        key.replace("_orig_mod.", "").removeprefix(PREFIX): value.to(wide.get(value.dtype, value.dtype))
+        for key, value in stored.items()
+    }
+
+
+def write_folder(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
+    """Write both files so that no interruption mixes old and new ones.
+
+    A new folder, or one whose config differs, is made beside the old one and renamed into its place; for an equal config
+    the tensors' file alone is replaced. Other files in the folder are kept.
+    """
+    folder = folder.resolve()
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    tensors = {key: value.detach().to("cpu").contiguous().clone() for key, value in tensors.items()}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    same = (folder / CONFIG).is_file() and (folder / CONFIG).read_text("utf-8") == text and not (folder / PICKLE).exists()
+    draft = folder if same else folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    draft.mkdir(exist_ok=True)
+    part = draft / f".{TENSORS}.{os.getpid()}.part"
+    save_file(tensors, part, metadata={"format": "pt"})
+    _sync(part)
+    os.replace(part, draft / TENSORS)
+    if same:
+        return folder
+    (draft / CONFIG).write_text(text, "utf-8")
+    _sync(draft / CONFIG)
+    if not folder.exists():
+        os.rename(draft, folder)
+        return folder
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    os.rename(folder, old)
+    os.rename(draft, folder)
+    for entry in old.iterdir():
+        if entry.name not in (CONFIG, TENSORS, PICKLE):
+            os.replace(entry, folder / entry.name)
+    shutil.rmtree(old)
+    return folder
+
+
+def _sync(file: Path) -> None:
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _named(names: str | Collection[str] | None, path: str) -> bool:
+    """Whether peft's list of names or regular expression means ``path``: it is one of them, or ends in ``.name``."""
+    if not names:
+        return False
+    if isinstance(names, str):
+        return re.fullmatch(names, path) is not None
+    words = path.split(".")
+    return any(".".join(words[i:]) in names for i in range(len(words)))
+
+
+def targeted(config: dict[str, Any], path: str) -> bool:
+    """Whether peft would put a layer at ``path``, whatever is there; many names are found fastest in a set."""
+    names = config.get("target_modules")
+    if _named(config.get("exclude_modules"), path) or saved_whole(config, path) or not _named(names, path):
+        return False
+    layers = config.get("layers_to_transform")
+    if isinstance(names, str) or path in names or layers is None or layers == []:
+        return True
+    patterns = config.get("layers_pattern") or [r"[^.]*"]
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    # the first numbered segment below a pattern; a path without one is not taken
+    first = r".*?\." if not config.get("layers_pattern") else r"(?:^|.*?\.)"
+    match = next((m for p in patterns if (m := re.match(rf"{first}{p}\.(?P<index>\d+)\.", path))), None)
+    return match is not None and int(match["index"]) in ([layers] if isinstance(layers, int) else layers)
+
+
+def saved_whole(config: dict[str, Any], path: str) -> bool:
+    """Whether ``path`` is, or is below, one of the config's ``modules_to_save``."""
+    return any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in config.get("modules_to_save") or ())
+
+
+def pattern_key(patterns: Iterable[str], path: str, prefix: str) -> str:
+    """The first of ``patterns`` that means ``path``, else ``path`` itself, as peft looks ranks and alphas up."""
+    return next((key for key in patterns if _compiled(prefix, key).match(path)), path)
+
+
+@lru_cache(maxsize=1 << 16)  # a folder may have a pattern a place, more than the cache of ``re`` holds
+def _compiled(prefix: str, key: str) -> re.Pattern[str]:
+    return re.compile(rf"{prefix}({key})$")
+
+
+def report(used: Sequence[str], missing: Sequence[str], unused: Sequence[str], *, rows: int = 6) -> str:
+    """A table of three columns, ``rows`` entries each."""
+    columns = []
+    for title, names in (("used", used), ("missing", missing), ("unused", unused)):
+        lines = [f"{title} ({len(names)})", *sorted(names)[:rows]]
+        columns.append(lines + [f"... and {len(names) - rows} more"] * (len(names) > rows))
+    widths = [max(map(len, lines)) for lines in columns]
+    lines = zip_longest(*columns, fillvalue="")
+    return "\n".join("  " + "  ".join(f"{cell:<{w}}" for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)

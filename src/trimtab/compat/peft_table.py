@@ -1,0 +1,126 @@
+"""What a row of the table method <-> peft type is (``Twin``), and the layouts in which the two differ."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from trimtab.compat.peft_files import pattern_key
+from trimtab.core.contracts import Adapter, MethodConfig
+from trimtab.core.site import Site
+
+__all__ = ["Fields", "Stored", "Tensors", "Twin", "channels", "kernel", "layer_of", "pointwise"]
+
+Fields = dict[str, Any]
+Tensors = dict[str, Tensor]
+
+
+def layer_of(site: Site) -> str:
+    """The name of a site's layer as ``Twin.layers`` lists it; ``*`` marks convolutions with groups or dilation."""
+    if site.kind == "linear":
+        return "Conv1D" if site.transposed else "Linear"
+    if site.kind in ("conv", "grouped"):
+        m = site.module
+        name = f"Conv{len(m.kernel_size)}d"
+        if m.padding_mode != "zeros":
+            return f"{name} with padding_mode={m.padding_mode!r}"
+        return name + "*" * (m.groups > 1 or any(d > 1 for d in m.dilation))
+    return {"embedding": "Embedding"}.get(site.kind, f"{type(site.module).__name__}.{site.tensor} ({site.kind})")
+
+
+# -- layouts: our shape -> peft's, for the layer kinds where they differ
+
+
+def _same(site: Site, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape
+
+
+def kernel(site: Site, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """``(r, in * k) -> (r, in, k...)`` on convolutions."""
+    if site.kind not in ("conv", "grouped"):
+        return shape
+    k = tuple(site.module.kernel_size)
+    return (shape[0], shape[1] // math.prod(k), *k)
+
+
+def pointwise(site: Site, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """``(out, r) -> (out, r, 1...)`` on convolutions."""
+    return (*shape, *(1 for _ in site.module.kernel_size)) if site.kind == "conv" else shape
+
+
+def channels(site: Site, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """``(out,) -> (1, out, 1...)`` on convolutions."""
+    return (1, *shape, *(1 for _ in site.module.kernel_size)) if site.kind == "conv" else shape
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a place: our name, peft's (below the module's path), peft's shape, peft's name on an embedding.
+
+    ``derived``: ``unpack`` makes it; the file does not hold it at the place.
+    """
+
+    ours: str
+    theirs: str
+    shape: Callable[[Site, tuple[int, ...]], tuple[int, ...]] = _same
+    embedding: str | None = None
+    derived: bool = False
+
+    def name(self, site: Site) -> str:
+        """peft's name at ``site``."""
+        return self.embedding or self.theirs if site.kind == "embedding" else self.theirs
+
+
+@dataclass(frozen=True)
+class Twin:
+    """One peft type.
+
+    Attributes:
+        peft_type: as in ``adapter_config.json``.
+        methods: our methods that are written as this type.
+        tensors: what a place stores.
+        layers: the layers on which peft computes the same, as ``layer_of`` names them.
+        fields: the config's fields that decide the function, with peft's defaults; ``...`` where the file must say it.
+        read: these fields at one place, and its tensors -> our config.
+        write: our config -> these fields, or None if peft cannot express it.
+        harmless: fields without influence on the trained function.
+        training: dropouts that trimtab's method lacks, which matter while training only.
+        patterns: field -> the field that overrides it by place, and the prefix that a pattern may have.
+        unpack, pack: other changes of a place's tensors, after reading and before writing.
+        common, pack_common: tensors that all places share.
+    """
+
+    peft_type: str
+    methods: tuple[str, ...]
+    tensors: tuple[Stored, ...]
+    layers: frozenset[str]
+    fields: Fields
+    read: Callable[[Fields, Tensors], MethodConfig]
+    write: Callable[[Any], Fields | None]
+    harmless: tuple[str, ...] = ()
+    training: tuple[str, ...] = ()
+    patterns: dict[str, str] = field(default_factory=dict)
+    prefix: str = r"(.*\.)?"
+    unpack: Callable[[Tensors, Fields, Site, Tensors], Tensors] = lambda stored, fields, site, common: stored
+    pack: Callable[[Tensors, Fields], Tensors] = lambda stored, fields: stored
+    common: Callable[[Fields, list[Site], Tensors], Tensors] = lambda fields, sites, loose: {}
+    pack_common: Callable[[list[Adapter]], Tensors | None] = lambda adapters: {}
+    #: names that ``unpack`` turns into others
+    also: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> list[str]:
+        """All names of tensors that a place may have."""
+        return [n for s in self.tensors if not s.derived for n in (s.theirs, s.embedding) if n] + list(self.also)
+
+    def at(self, config: Fields, path: str) -> Fields:
+        """The function-deciding fields at one place: the config's, peft's defaults, and the place's own rank and alpha."""
+        fields = self.fields | {key: config[key] for key in self.fields if config.get(key) is not None}
+        for key, patterns in self.patterns.items():
+            table = config.get(patterns) or {}
+            fields[key] = table.get(pattern_key(table, path, self.prefix), fields[key])
+        return fields
