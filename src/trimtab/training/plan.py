@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,10 +128,10 @@ def plan(
     own = sum(p.numel() * p.element_size() for p in trainable)
     numbers = sum(p.numel() for p in trainable)
     base.train()
-    with _CpuAttention():
+    with _on_meta_device():
         activations = _alive(base, inputs) if checkpointing else _saved(base, inputs)
         with LiveBytes() as live, count_flops() as counter:
-            torch.autograd.backward(_loss(base, inputs))  # not Tensor.backward: the mode would be off inside
+            _loss(base, inputs).backward()
     return Plan(
         trainable=numbers, base=count, adapter_bytes=own, gradient_bytes=own, optimizer_bytes=OPTIMIZERS[optimizer] * numbers,
         weight_bytes=weights, activation_bytes=activations, peak_bytes=live.peak, flops=counter.get_total_flops(),
@@ -205,8 +206,8 @@ def _floor(model: nn.Module, inputs: dict[str, Tensor]) -> int:
     first = next(m for m in model.modules() if isinstance(m, (nn.Embedding, nn.modules.conv._ConvNd, nn.Linear)))
     hook = first.register_forward_hook(lambda module, args, y: y.requires_grad_(True))
     try:
-        with _CpuAttention(), count_flops() as counter:
-            torch.autograd.backward(_loss(model, inputs))
+        with _on_meta_device(), count_flops() as counter:
+            _loss(model, inputs).backward()
     finally:
         hook.remove()
         for parameter, flag in flags:
@@ -214,32 +215,44 @@ def _floor(model: nn.Module, inputs: dict[str, Tensor]) -> int:
     return counter.get_total_flops()
 
 
-class _CpuAttention(TorchFunctionMode):
-    """Fused attention on the meta device, where torch would otherwise expand it into a product of all pairs of tokens.
-
-    Questions about values ("is this batch unpadded, unpacked?") are answered with yes: the plan is for a full batch.
-    """
+class _FullBatch(TorchFunctionMode):
+    """Answers questions about a meta tensor's values ("is this batch unpadded, unpacked?") with yes: a full batch is planned."""
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
         if func in (Tensor.__bool__, Tensor.item) and args[0].is_meta and args[0].dtype == torch.bool:
             return True
-        if func is not F.scaled_dot_product_attention or not args[0].is_meta:
-            return func(*args, **kwargs)
-        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        if given.get("dropout_p"):
-            return func(*args, **kwargs)  # torch's CPU path expands attention that drops out, too
-        query, key, value = given["query"], given["key"], given["value"]
-        if given.get("enable_gqa"):
-            groups = query.shape[-3] // key.shape[-3]
-            key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
-        mask = given.get("attn_mask")
-        if mask is not None and mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=query.dtype)
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, bool(given.get("is_causal")), attn_mask=mask, scale=given.get("scale")
-        )[0]
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _on_meta_device() -> Iterator[None]:
+    """What a run on the meta device needs: a full batch, and fused attention.
+
+    torch expands attention into a product of all pairs of tokens there. A function mode cannot replace it everywhere, since
+    modes are off while a checkpointed block runs again in backward; so the function is exchanged while the plan runs.
+    """
+    original = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = lambda *args, **kwargs: _attention(original, *args, **kwargs)
+    try:
+        with _FullBatch():
+            yield
+    finally:
+        F.scaled_dot_product_attention = original
+
+
+def _attention(
+    original: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    if dropout_p or not query.is_meta:  # torch's CPU path expands attention that drops out, too
+        return original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    if enable_gqa:
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return flash(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
 
 
 def _size(count: int) -> str:
