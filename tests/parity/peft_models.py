@@ -81,9 +81,9 @@ def base(name: str, *, seed: int = 0) -> nn.Module:
     return BASES[name]().eval()
 
 
-def outputs(model: nn.Module, name: str) -> Tensor:
+def outputs(model: nn.Module, name: str, *, grad: bool = False) -> Tensor:
     g = torch.Generator().manual_seed(3)
-    with torch.no_grad():
+    with torch.set_grad_enabled(grad):
         if name == "conv":
             return model(torch.randn(2, 4, 8, 8, generator=g))
         return model(input_ids=torch.randint(VOCABULARY, (2, 9), generator=g)).logits

@@ -107,6 +107,12 @@ def test_both_ways(case, tmp_path) -> None:
     again = base(name)
     tt.load(again, tmp_path / "back", name="again", trainable=True)
     assert_same(outputs(again, name), theirs)
+    outputs(again, name, grad=True).square().sum().backward()
+    assert all(p.grad is not None for p in tt.parameters(again))
+    tt.save(again, tmp_path / "own")
+    own = base(name)
+    tt.load(own, tmp_path / "own")
+    assert_same(outputs(own, name), theirs)
 
 
 # -- what has no type of its own in peft
