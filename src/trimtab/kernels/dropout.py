@@ -12,7 +12,7 @@ A row and a group of four columns each get a random 32-bit word; the two are joi
 odd multiplication and folding, which gives four random bytes for four entries. An entry is dropped if its byte is below
 ``round(256 p)``: the rate is a multiple of 1/256, at least 1/256, and kept entries are divided by exactly the rate at
 which entries are kept, so the expectation is exact. ``tests/kernels/test_dropout.py`` tests rate and independence. The
-hash reaches any row directly, so that rows are handled in runs that stay in the cache.
+hash reaches any row directly, so that rows are handled in runs of about a million entries, which bounds the temporaries.
 
 On CUDA one ``bernoulli_`` from a device generator seeded with the same number costs one launch and no synchronisation.
 """
@@ -27,7 +27,7 @@ from torch import Tensor
 __all__ = ["draw_seed", "keep_mask", "keep_rate", "masks"]
 
 _MULTIPLIERS = (-1640531527, -2048144789)  # 2654435769 and 2246822507 as int32: Fibonacci hashing, murmur3's finaliser
-_RUN = 1 << 18  # entries a run: mask and input of one run stay in a core's second-level cache
+_RUN = 1 << 20  # entries a run: bounds the temporaries; smaller runs are no faster, and each operation of a run is a barrier
 
 
 def draw_seed() -> int:

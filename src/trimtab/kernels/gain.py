@@ -1,6 +1,6 @@
-"""A gain on every output feature: ``y = g * v + bias``, g (out,), v (..., out); keeps ``v``, makes no temporary of its size.
+"""A gain on every output feature: ``y = g * v + bias``, g (out,), v (..., out); keeps ``v``.
 
-Backward: ``dv = g * dy``; ``dg = sum over tokens of dy * v``, summed in runs of rows that stay in the cache.
+Backward: ``dv = g * dy``; ``dg = sum over tokens of dy * v``, summed in runs of rows, so that no product of ``v``'s size is formed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from trimtab.kernels.mode import fused
 
 __all__ = ["Unbiased", "gained"]
 
-_RUN = 1 << 18  # entries a run
+_RUN = 1 << 20  # entries a run: bounds the temporary
 
 
 class Unbiased(Operation):
