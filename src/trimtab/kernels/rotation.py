@@ -47,7 +47,7 @@ def neumann(Q: Tensor, terms: int) -> Tensor:
     return total - Q @ total
 
 
-_RUN = 1 << 18  # entries of one run of rows: they stay in a core's second-level cache
+_RUN = 1 << 20  # entries of one run of rows: shorter runs cost more in starting threads than they gain in the cache
 Pull = Callable[[Tensor], "list[Tensor | None]"]
 
 
@@ -136,7 +136,7 @@ def turn(x: Tensor, R: Tensor, level: int, into: Tensor | None = None) -> Tensor
         turned = torch.bmm(_batched(blocks), R).view(blocks.shape)
         return turned.permute(2, 0, 3, 1, 4).reshape(x.shape)
     run = n if x.is_cuda else max(64, _RUN // x.shape[1])
-    for start in range(0, n, run):  # products come out block by block: what is to be moved stays in the cache
+    for start in range(0, n, run):  # products come out block by block; runs bound the buffer that is then moved
         blocks = _shuffled(x[start : start + run], size, level)
         turned = torch.bmm(_batched(blocks), R)
         _shuffled(into[start : start + run], size, level).copy_(turned.view(blocks.shape))
