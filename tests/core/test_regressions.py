@@ -351,3 +351,12 @@ def test_wrappers_are_looked_through(tmp_path) -> None:
     tt.save(wrapped, tmp_path)
     with pytest.raises(tt.Unsupported, match="tt.attach"):
         tt.summary(net())
+
+
+def test_a_head_with_layers_of_its_own_is_one_head() -> None:
+    model = nn.Sequential()
+    model.add_module("body", nn.Linear(4, 8))
+    model.add_module("head", nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)))
+    table = tt.attach(model, tt.Unfreeze())
+    assert sorted(table.column("path")) == ["head.0", "head.0.bias", "head.2", "head.2.bias"]
+    assert table.total("parameters") == sum(p.numel() for p in model.head.parameters() if not p.requires_grad)

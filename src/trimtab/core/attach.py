@@ -124,15 +124,18 @@ def plan_sites(
         for index in hits:
             configs[index] = config
     width = _width(anatomy)
-    found: list[Assignment] = []
+    found: dict[tuple[str, str], Assignment] = {}
     for config, place in zip(configs, places, strict=True):
         try:
-            found += [(config, site) for site in sites_of(place, type(config).adapter_class, width=width)]
+            for site in sites_of(place, type(config).adapter_class, width=width):
+                # a container and what is below it may both match (a head and its layers): a tensor is one site
+                found.setdefault((site.path, site.slot), (config, site))
         except TrimtabError as error:
             problems.append(error)
     raise_all(problems)
-    _refuse_ties(root, found)
-    return found
+    assignments = list(found.values())
+    _refuse_ties(root, assignments)
+    return assignments
 
 
 def _select(root: nn.Module, method: MethodConfig, targets: Targets, layers: Sequence[int] | None, anatomy: Any) -> list[Place]:
@@ -163,8 +166,9 @@ def _refuse_ties(root: nn.Module, assignments: list[Assignment]) -> None:
         if site.kind == "module" or site.rows is not None:
             continue
         others = [n for n in users[id(site.parameter())] if n != ".".join(filter(None, (site.path, site.tensor)))]
-        twice = seen.setdefault(id(site.parameter()), site) is not site
-        if twice or (others and issubclass(type(config).adapter_class, Selection)):
+        if others and (
+            seen.setdefault(id(site.parameter()), site) is not site or issubclass(type(config).adapter_class, Selection)
+        ):
             problems.append(
                 Unsupported(
                     f"{site.path}.{site.tensor} and {others[0]} are one tied tensor, and {type(config).__name__} would change one "
