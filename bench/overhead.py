@@ -211,6 +211,25 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What makes rows comparable: sizes, threads, versions."""
+    import peft
+
+    given = {k: v for k, v in vars(args).items() if k not in ("out", "methods", "bias")}
+    return {
+        "settings": given, "torch": torch.__version__, "peft": peft.__version__, "trimtab": tt.__version__,
+        "machine": platform.machine(),
+    }  # fmt: skip
+
+
+def earlier(out: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Rows that an interrupted run with the same settings has written; delete the file to measure them again."""
+    if not out.is_file():
+        return {}
+    stored = json.loads(out.read_text())
+    return stored["results"] if {k: stored.get(k) for k in record} == record else {}
+
+
 def main() -> None:
     args = arguments()
     args.bias = False
@@ -221,15 +240,19 @@ def main() -> None:
         raise SystemExit(f"unknown rows {sorted(unknown)}; there are: {', '.join(row.name for row in ROWS)}")
     plain = build(args)
     x = torch.randn(1, args.tokens, args.width, dtype=getattr(torch, args.dtype), requires_grad=True)
-    results: dict[str, Any] = {}
+    out = Path(args.out)
+    record = settings(args)
+    results = earlier(out, record)
     for row in ROWS:
-        if chosen and row.name not in chosen:
+        if (chosen and row.name not in chosen) or (not chosen and row.name in results):
             continue
         args.bias = row.name == "BitFit"
         floor = Step(build(args) if args.bias else plain, x)
         results[row.name] = measure(args, row, floor)
         gc.collect()
         print(f"{row.name}: {results[row.name]}", flush=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(record | {"results": results}, indent=1) + "\n")
     table = Table(
         ("method", "trainable", "limit", "ours", "peft", "peft/ours", "x ours", "x peft", "peak ours", "peak peft"),
         title="overhead of a training step",
@@ -243,16 +266,6 @@ def main() -> None:
     both = [r["peft / ours"] for r in results.values() if "peft / ours" in r]
     if both:
         print(f"geometric mean of peft's time over ours: {statistics.geometric_mean(both):.3f} ({len(both)} methods)")
-    import peft
-
-    record = {
-        "settings": vars(args), "torch": torch.__version__, "peft": peft.__version__, "trimtab": tt.__version__,
-        "machine": platform.machine(), "results": results, "geometric mean": statistics.geometric_mean(both) if both else None,
-    }  # fmt: skip
-    out = Path(args.out)
-    record["settings"]["out"] = out.name
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

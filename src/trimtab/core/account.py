@@ -92,8 +92,13 @@ def saved_bytes(*modules: nn.Module, beside: tuple[Tensor, ...] = ()) -> Iterato
                 saved.held.append(tensor)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield saved
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            yield saved
+    finally:
+        # the graph keeps the hook, the hook keeps this record: holding the graph's tensors on would be a cycle that
+        # passes through C++, where Python's collector cannot see it
+        saved.held.clear()
 
 
 @contextmanager
