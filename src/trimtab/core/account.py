@@ -90,7 +90,8 @@ def saved_bytes(*modules: nn.Module, beside: tuple[Tensor, ...] = ()) -> Iterato
             if storage._cdata not in skip and storage._cdata not in saved.tensors:
                 saved.tensors[storage._cdata] = (storage.nbytes(), tuple(tensor.shape), tensor.dtype)
                 saved.held.append(tensor)
-        return tensor
+        # detached: an operation that keeps its own output would otherwise hold itself alive, through C++
+        return tensor.detach()
 
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
