@@ -36,11 +36,6 @@ SEARCH: tuple[dict[str, Any], ...] = (
     {"learning_rate": 5e-4},
     {"learning_rate": 2e-3},
     {"method.alpha": 32},
-    {"method.alpha": 8},
-    {"head_learning_rate": 5e-3},
-    {"head_dropout": 0.3},
-    {"schedule": "cosine"},
-    {"bucket": False},
     {"epochs": 3},
 )
 

@@ -38,7 +38,7 @@ CONFIG = {
     "method": {"name": "LoRA", "rank": 8},
     "pooling": "mean",
     "dropout": 0.0,
-    "epochs": 3,
+    "epochs": 4,
     "batch_size": 32,
     "learning_rate": 1e-3,
     "label_smoothing": 0.1,

@@ -72,7 +72,7 @@ def test_long_texts_are_cut(tmp_path: Path):
     for split in ("train", "validation"):
         write_jsonl(data / f"{split}.jsonl", [{"text": "cat " * 50, "label": "a"}, {"text": "red", "label": "b"}])
     _, bundle = prepare(settings(tmp_path, data={"source": str(data), "max_length": 10}))
-    assert bundle.lengths == [10, 3]
+    assert [bundle.length(example) for example in bundle.splits["train"]] == [10, 3]
 
 
 def test_metrics_on_a_case_by_hand():

@@ -224,6 +224,48 @@ def test_nan_loss_stops_and_keeps_the_last_checkpoint(tmp_path: Path, monkeypatc
     assert all(bool(torch.isfinite(value).all()) for value in load_file(file).values())
 
 
+def test_nan_at_the_first_step_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def infinite(self: AdapterTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return sum(p.sum() for p in tt.parameters(self.model)) * float("inf")
+
+    monkeypatch.setattr(AdapterTrainer, "compute_loss", infinite)
+    refused(tmp_path, RunError, "at step 1 of 12, and training stopped; no checkpoint had been written yet")
+
+
+def test_gradient_that_is_not_finite_stops_before_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    stepped: list[int] = []
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, closure=None: stepped.append(1))
+
+    def flat(self: AdapterTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        # the root of zero: a finite loss with an infinite gradient
+        return sum((p * 0).sum() for p in tt.parameters(self.model)).sqrt()
+
+    monkeypatch.setattr(AdapterTrainer, "compute_loss", flat)
+    refused(tmp_path, RunError, "the norm of the gradient became nan at step 1")
+    assert stepped == []
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="fp16 works where there is an accelerator")
+def test_fp16_without_an_accelerator_is_refused(tmp_path: Path):
+    refused(tmp_path, ValueError, "precision fp16 needs an accelerator", precision="fp16")
+
+
+def test_bf16_runs_the_forward_in_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from trimtab.tasks.text_classification import PooledClassifier
+
+    seen: set[torch.dtype] = set()
+    original = PooledClassifier.forward
+
+    def spy(self: PooledClassifier, *args: Any, **kwargs: Any) -> dict:
+        seen.add(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(PooledClassifier, "forward", spy)
+    result = train(settings(tmp_path, precision="bf16", epochs=1))
+    assert seen == {torch.bfloat16}
+    assert {p.dtype for p in tt.parameters(result.model)} == {torch.float32}
+
+
 def test_folder_of_another_run_is_refused_and_left_alone(tmp_path: Path):
     train(settings(tmp_path))
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}

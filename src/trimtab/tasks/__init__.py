@@ -27,7 +27,7 @@ class Bundle:
         model: the base with its fresh head; nothing attached.
         head: the part of ``model`` that is fresh and learns whole; None if there is none.
         splits: encoded examples of each split; an example is a dict that ``collate`` understands.
-        lengths: tokens of each training example, for batches of similar length.
+        length: size of one example, such as its tokens, so that examples of similar size can share a batch.
         collate: list of examples to a batch of tensors, with ``labels``.
         loss: ``(outputs, labels, num_items_in_batch=...)`` to the scalar loss, summed and divided by that number.
         metrics: transformers' ``EvalPrediction`` to ``{name: value}``.
@@ -37,7 +37,7 @@ class Bundle:
     model: nn.Module
     head: nn.Module | None
     splits: dict[str, list[dict[str, Any]]]
-    lengths: list[int]
+    length: Callable[[dict[str, Any]], int]
     collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]]
     loss: Callable[..., Tensor]
     metrics: Callable[[Any], dict[str, float]]

@@ -67,7 +67,8 @@ class PooledClassifier(nn.Module):
         else:
             weights = attention_mask[..., None].to(hidden.dtype)  # (n, tokens, 1)
             pooled = (hidden * weights).sum(1) / weights.sum(1)  # (n, width)
-        return {"logits": self.classifier(self.dropout(pooled))}
+        # a base in bf16 keeps its head in fp32
+        return {"logits": self.classifier(self.dropout(pooled).to(self.classifier.weight.dtype))}
 
 
 @task("text-classification")
@@ -157,7 +158,7 @@ def _bundle(config: TextClassificationConfig, info: dict[str, Any], splits: dict
         model=model,
         head=getattr(model, "classifier", None) or getattr(model, "score", None),
         splits=encoded,
-        lengths=[len(example["input_ids"]) for example in encoded.get("train", ())],
+        length=lambda example: len(example["input_ids"]),
         collate=DataCollatorWithPadding(tokenizer),
         loss=loss,
         metrics=classification,

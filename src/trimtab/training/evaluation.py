@@ -97,7 +97,7 @@ def forward_all(bundle: Bundle, examples: list[dict[str, Any]], batch_size: int)
     """Raw outputs in the order of ``examples``, and the mean loss if they have labels; similar lengths run together."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     model = bundle.model.to(device).eval()
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
+    order = sorted(range(len(examples)), key=lambda i: bundle.length(examples[i]))
     rows: list[Any] = [None] * len(examples)
     total = 0.0 if examples and "labels" in examples[0] else None
     for start in range(0, len(order), batch_size):

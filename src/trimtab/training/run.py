@@ -30,7 +30,7 @@ from trimtab import tasks
 from trimtab.core import registry
 from trimtab.core.activation import parameters
 from trimtab.core.attach import attach
-from trimtab.core.errors import nearest
+from trimtab.core.errors import TrimtabError, nearest
 from trimtab.tasks import Bundle
 from trimtab.training import callbacks, curve
 from trimtab.training.config import TrainConfig, load_config, to_yaml
@@ -178,7 +178,7 @@ def _run(config: TrainConfig, bundle: Bundle, total: int, *, overwrite: bool, co
     watchers = [callbacks.LogWithCheckpoint(), callbacks.ProgressBar(console, config.metric)]
     if config.patience is not None:
         watchers.append(callbacks.Patience(config.patience, config.metric))
-    args = arguments(config, folder, rows=len(bundle.lengths))
+    args = arguments(config, folder, rows=len(bundle.splits["train"]))
     trainer = AdapterTrainer(config, bundle, args, callbacks=watchers)
     if overwrite and output.exists():
         shutil.rmtree(output)
@@ -193,10 +193,26 @@ def _run(config: TrainConfig, bundle: Bundle, total: int, *, overwrite: bool, co
     if not _complete(trainer, config, resume):
         try:
             trainer.train(resume_from_checkpoint=resume)
+        except TrimtabError:
+            _forget(output)
+            raise
         finally:
             watchers[1].progress.stop()
     seconds = time.perf_counter() - started
     return _finish(config, bundle, trainer, total=total, seconds=seconds, console=console)
+
+
+def _forget(output: Path) -> None:
+    """After an error: take away what the run wrote if it came to no checkpoint, so that nothing is left of it."""
+    from trimtab.training.trainer import last_checkpoint
+
+    if last_checkpoint(output / CHECKPOINTS) is not None:
+        return
+    shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+    for name in (CONFIG, INFO):
+        (output / name).unlink()
+    if not any(output.iterdir()):
+        output.rmdir()
 
 
 def _complete(trainer: Any, config: TrainConfig, resume: str | None) -> bool:

@@ -23,7 +23,7 @@ from trimtab.core.attach import detach
 from trimtab.core.checkpoint import load, save
 from trimtab.tasks import Bundle
 from trimtab.training.config import TrainConfig
-from trimtab.training.errors import RunError
+from trimtab.training.errors import ConfigError, RunError
 from trimtab.training.files import new_directory
 from trimtab.training.sampler import EpochSampler
 
@@ -38,7 +38,12 @@ def arguments(config: TrainConfig, folder: Path, *, rows: int) -> TrainingArgume
 
     Evaluations and checkpoints are counted in steps even when they fall on ends of epochs: transformers' own
     once-an-epoch strategy would skip the evaluation when a run resumes exactly there.
+
+    Raises:
+        ConfigError: the precision needs hardware that is not there.
     """
+    if config.precision == "fp16" and not torch.accelerator.is_available():
+        raise ConfigError("precision fp16 needs an accelerator, and this machine has none; use bf16 or fp32")
     batches = -(-rows // config.batch_size)
     an_epoch = -(-batches // config.accumulation)
     total = config.max_steps or max(1, round(an_epoch * config.epochs))
@@ -129,7 +134,8 @@ class AdapterTrainer(Trainer):
             head = set() if self.bundle.head is None else {id(p) for p in self.bundle.head.parameters()}
             rates = {True: self.run.head_learning_rate or self.run.learning_rate, False: self.run.learning_rate}
             groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-            for _, value in sorted(named_parameters(self.model, name=self.run.adapter)):
+            named = {id(value): (key, value) for key, value in named_parameters(self.model, name=self.run.adapter)}
+            for _, value in sorted(named.values(), key=lambda pair: pair[0]):
                 groups.setdefault((id(value) in head, value.ndim >= 2), []).append(value)
             self.optimizer = torch.optim.AdamW(
                 [
@@ -141,10 +147,14 @@ class AdapterTrainer(Trainer):
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
-        config = self.run
+        config, lengths = self.run, [self.bundle.length(example) for example in self.bundle.splits["train"]]
         return EpochSampler(
-            self.bundle.lengths, batch_size=config.batch_size * config.accumulation, seed=config.seed, bucket=config.bucket
+            lengths, batch_size=config.batch_size * config.accumulation, seed=config.seed, bucket=config.bucket
         )
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> list[int]:
+        """By length: metrics do not depend on the order, and little is padded."""
+        return sorted(range(len(eval_dataset)), key=lambda i: self.bundle.length(eval_dataset[i]))
 
     # -- never step on what is not finite
 
@@ -155,12 +165,19 @@ class AdapterTrainer(Trainer):
             self._stop(f"the loss became {loss.item()}")
         return loss
 
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        norm = super()._clip_grad_norm(model)
+        # with fp16, the gradient scaler skips such a step and lowers its scale: that is its normal way of working
+        if self.run.precision != "fp16" and not bool(torch.isfinite(torch.as_tensor(norm))):
+            self._stop(f"the norm of the gradient became {float(norm)}")
+        return norm
+
     def _stop(self, what: str) -> None:
         saved = last_checkpoint(Path(self.args.output_dir))
         kept = f"the last good checkpoint is kept: {saved}" if saved else "no checkpoint had been written yet"
         raise RunError(
-            f"{what} at step {self.state.global_step + 1} of {self.state.max_steps}, and training stopped before the adapter "
-            f"was changed; {kept}. Lower learning_rate (now {self.run.learning_rate:g}), or check the data and the precision"
+            f"{what} at step {self.state.global_step + 1} of {self.state.max_steps}, and training stopped; {kept}. "
+            f"Lower learning_rate (now {self.run.learning_rate:g}), or check the data and the precision"
         )
 
     # -- checkpoints
