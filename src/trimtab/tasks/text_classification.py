@@ -67,8 +67,10 @@ class PooledClassifier(nn.Module):
         else:
             weights = attention_mask[..., None].to(hidden.dtype)  # (n, tokens, 1)
             pooled = (hidden * weights).sum(1) / weights.sum(1)  # (n, width)
-        # a base in bf16 keeps its head in fp32
-        return {"logits": self.classifier(self.dropout(pooled).to(self.classifier.weight.dtype))}
+        pooled = self.dropout(pooled)
+        # a base in bf16 keeps its head in fp32; a linear probe puts an Identity in the head's place
+        head = next(self.classifier.parameters(), pooled)
+        return {"logits": self.classifier(pooled.to(head.dtype))}
 
 
 @task("text-classification")
