@@ -7,7 +7,7 @@ from typing import Any
 from trimtab.core.activation import activate, disabled, effective_weight, named_parameters, parameters, routed, summary
 from trimtab.core.attach import attach, detach
 from trimtab.core.checkpoint import load, save
-from trimtab.core.contracts import ActivationAdapter, MethodConfig, Reparameterization, Selection, TokenAdapter
+from trimtab.core.contracts import ActivationAdapter, MethodConfig, Reparameterization, Selection, Span, TokenAdapter
 from trimtab.core.errors import (
     CheckpointMismatch,
     GradientMismatch,
@@ -33,6 +33,7 @@ __all__ = [
     "Operation",
     "Reparameterization",
     "Selection",
+    "Span",
     "ShapeMismatch",
     "Site",
     "TokenAdapter",

@@ -19,6 +19,7 @@ A minimal method, complete (it then trains, merges, saves, routes and serves)::
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -28,14 +29,30 @@ from torch import Tensor, nn
 from trimtab.core.errors import ShapeMismatch
 from trimtab.core.site import Operation, Site
 
-__all__ = ["ActivationAdapter", "Adapter", "MethodConfig", "Reparameterization", "Selection", "TokenAdapter"]
+__all__ = ["ActivationAdapter", "Adapter", "MethodConfig", "Reparameterization", "Selection", "Span", "TokenAdapter"]
+
+
+@dataclass(frozen=True)
+class Span:
+    """A continuous range of a hyperparameter, both ends included; searched on a logarithmic axis if ``log``."""
+
+    low: float
+    high: float
+    log: bool = False
 
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """Base of all configs: a frozen dataclass with under ten fields; what a user writes as ``tt.LoRA(rank=8)``."""
+    """Base of all configs: a frozen dataclass with under ten fields; what a user writes as ``tt.LoRA(rank=8)``.
+
+    Class attributes:
+        search: fields worth searching: for each either a tuple of choices, in order, or a ``Span``.
+        learning_rate: where Adam's learning rate for this method's parameters is worth searching.
+    """
 
     adapter_class: ClassVar[type[Adapter]]
+    search: ClassVar[Mapping[str, tuple[Any, ...] | Span]] = {}
+    learning_rate: ClassVar[Span] = Span(1e-4, 1e-2, log=True)
 
     def require(self, ok: bool, message: str) -> None:
         """Raise ``ShapeMismatch`` with the config in the message unless ``ok``; for ``__post_init__``."""
