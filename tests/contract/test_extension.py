@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 import trimtab as tt
+from trimtab.core import registry
 
 
 @dataclass(frozen=True)
@@ -125,3 +127,16 @@ def test_a_name_is_registered_once() -> None:
         @tt.method(Gain, paper="again")
         class Other(tt.Reparameterization):
             pass
+
+
+@pytest.mark.parametrize("entry", registry.entries(), ids=lambda entry: entry.name)
+def test_search_spaces_name_fields_and_valid_values(entry) -> None:
+    fields = {field.name: field for field in dataclasses.fields(entry.config)}
+    for name, space in entry.config.search.items():
+        assert name in fields, f"{entry.name}.search names {name!r}, which is no field"
+        values = (space.low, space.high) if isinstance(space, tt.Span) else space
+        assert len(set(values)) == len(values) >= 2 and list(values) == sorted(values, key=lambda v: (str(type(v)), v))
+        for value in values:
+            assert getattr(entry.config(**{name: value}), name) == value
+    rate = entry.config.learning_rate
+    assert 0 < rate.low < rate.high and rate.log

@@ -35,6 +35,8 @@ class AdaLoRA(MethodConfig):
         penalty: weight of the orthogonality penalty (0.1 to 0.5).
     """
 
+    search = {"rank": (4, 8, 12, 24, 48)}
+
     rank: int = 12
     alpha: float | None = None
     dropout: float = 0.0

@@ -37,6 +37,8 @@ class BOFT(MethodConfig):
         dropout: probability of replacing a block by the identity for one forward while training.
     """
 
+    search = {"block_size": (2, 4, 8), "factors": (1, 2, 3)}
+
     block_size: int | None = None
     blocks: int | None = None
     factors: int = 2

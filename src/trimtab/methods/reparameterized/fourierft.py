@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimtab.core.contracts import MethodConfig, Reparameterization
+from trimtab.core.contracts import MethodConfig, Reparameterization, Span
 from trimtab.core.errors import ShapeMismatch
 from trimtab.core.registry import method
 from trimtab.core.site import Operation, Site
@@ -37,6 +37,9 @@ class FourierFT(MethodConfig):
         seed: seed of the places; equal shapes share them.
         start: ``"zero"``: training starts at the base; ``"normal"``: the paper's N(0, 1), which does not.
     """
+
+    search = {"coefficients": (100, 300, 1000, 3000)}
+    learning_rate = Span(1e-3, 1e-1, log=True)
 
     coefficients: int = 1000
     alpha: float | None = None

@@ -39,6 +39,8 @@ class LoHa(MethodConfig):
         module_dropout: probability of dropping the whole update of a place for one forward while training.
     """
 
+    search = {"rank": (2, 4, 8, 16, 32)}
+
     rank: int = 8
     alpha: float | None = None
     rank_dropout: float = 0.0

@@ -37,6 +37,8 @@ class LoKr(MethodConfig):
         zero: which factor starts at zero, ``"w1"`` (peft's default) or ``"w2"`` (LyCORIS).
     """
 
+    search = {"rank": (4, 8, 16, 32, 64), "factor": (-1, 4, 8, 16)}
+
     rank: int = 8
     alpha: float | None = None
     factor: int = -1

@@ -33,6 +33,8 @@ class LoRA(MethodConfig):
         dropout: probability of zeroing an entry of the adapter branch's input while training.
     """
 
+    search = {"rank": (2, 4, 8, 16, 32, 64), "dropout": (0.0, 0.05, 0.1)}
+
     rank: int = 8
     alpha: float | None = None
     dropout: float = 0.0

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimtab.core.contracts import MethodConfig
+from trimtab.core.contracts import MethodConfig, Span
 from trimtab.core.errors import Unsupported
 from trimtab.core.registry import method
 from trimtab.core.site import Site
@@ -44,6 +44,9 @@ class LoRAGA(MethodConfig):
         form: "paper", or "peft": B times the gradient's singular values, and the size on B alone ("gd_scale" on
             both), which makes the start depend on the scale of the loss.
     """
+
+    search = {"rank": (2, 4, 8, 16, 32, 64)}
+    learning_rate = Span(1e-5, 1e-3, log=True)
 
     rank: int = 8
     alpha: float = 16.0

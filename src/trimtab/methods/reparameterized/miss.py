@@ -37,6 +37,8 @@ class Bone(MethodConfig):
         dropout: probability of zeroing an entry of the branch's input while training.
     """
 
+    search = {"rank": (4, 8, 16, 32, 64)}
+
     rank: int = 64
     dropout: float = 0.0
 

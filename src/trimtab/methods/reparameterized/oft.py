@@ -40,6 +40,8 @@ class OFT(MethodConfig):
         dropout: probability of replacing a block by the identity for one forward while training.
     """
 
+    search = {"block_size": (8, 16, 32, 64)}
+
     block_size: int | None = None
     blocks: int | None = None
     block_share: bool = False

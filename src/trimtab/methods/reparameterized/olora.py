@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimtab.core.contracts import MethodConfig
+from trimtab.core.contracts import MethodConfig, Span
 from trimtab.core.registry import method
 from trimtab.core.site import Site
 from trimtab.kernels.spectral import full_precision
@@ -30,6 +30,9 @@ class OLoRA(MethodConfig):
         rank: r, at most ``min(in, out)``.
         alpha: scale numerator; None means ``rank``, a scale of 1.
     """
+
+    search = {"rank": (2, 4, 8, 16, 32, 64)}
+    learning_rate = Span(1e-5, 1e-3, log=True)
 
     rank: int = 8
     alpha: float | None = None

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimtab.core.contracts import MethodConfig
+from trimtab.core.contracts import MethodConfig, Span
 from trimtab.core.registry import method
 from trimtab.core.site import Site
 from trimtab.kernels.spectral import top_svd
@@ -31,6 +31,9 @@ class PiSSA(MethodConfig):
         alpha: scale numerator, above 0; None means ``rank``, a scale of 1, as in the paper.
         iterations: None for the exact SVD; else power iterations of the randomised one (4 to 16), for large matrices.
     """
+
+    search = {"rank": (2, 4, 8, 16, 32, 64)}
+    learning_rate = Span(1e-5, 1e-3, log=True)
 
     rank: int = 8
     alpha: float | None = None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trimtab.core.contracts import MethodConfig, Reparameterization
+from trimtab.core.contracts import MethodConfig, Reparameterization, Span
 from trimtab.core.registry import method
 from trimtab.core.site import Operation, Site
 from trimtab.kernels.beside import Rule, beside
@@ -36,6 +36,9 @@ class VeRA(MethodConfig):
         dropout: probability of zeroing an entry of the adapter branch's input while training.
         seed: of the projections; equal seeds and equal places give equal projections.
     """
+
+    search = {"rank": (64, 128, 256, 512, 1024), "d_initial": (0.1, 1.0)}
+    learning_rate = Span(1e-3, 1e-1, log=True)
 
     rank: int = 256
     d_initial: float = 0.1

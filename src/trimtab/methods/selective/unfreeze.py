@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trimtab.core.contracts import MethodConfig, Selection
+from trimtab.core.contracts import MethodConfig, Selection, Span
 from trimtab.core.registry import method
 
 __all__ = ["Unfreeze", "UnfreezeAdapter"]
@@ -21,6 +21,8 @@ class Unfreeze(MethodConfig):
     For a new classifier head beside another method, or for full fine-tuning of some blocks. It stores a full copy of what
     it unfreezes: for large matrices use LoRA.
     """
+
+    learning_rate = Span(1e-5, 1e-3, log=True)
 
 
 @method(Unfreeze, paper="plain fine-tuning")
