@@ -47,14 +47,16 @@ def test_rows_of_the_table(device: str) -> None:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.05])
-def test_our_lora_keeps_the_input_and_nothing_else(dropout: float) -> None:
+def test_our_lora_keeps_the_input_and_a_sliver(dropout: float) -> None:
     model = nn.ModuleDict({name: nn.Linear(IN, OUT, bias=False, dtype=torch.bfloat16) for name in ("q", "k", "v")})
     tt.attach(model, tt.LoRA(rank=R, dropout=dropout), targets=["q", "k", "v"])
     x = inputs()
     with saved_bytes(model) as saved:
         for layer in model.values():
             layer(x)
-    assert saved.total == 2 * N * IN, saved.by_shape()
+    sliver = 3 * R if 16 * R <= IN else 0  # each layer's x A^T, where it is at most a sixteenth of x
+    assert saved.total == 2 * N * (IN + sliver), saved.by_shape()
+    assert sliver <= 0.1 * IN * 3
 
 
 def test_products_in_place_are_counted() -> None:

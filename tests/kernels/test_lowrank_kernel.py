@@ -70,14 +70,23 @@ def test_three_layers_on_one_input_keep_it_once(dropout, dtype):
     W = nn.Parameter(torch.randn(out, fan_in, dtype=dtype), requires_grad=False)
     pairs = [(nn.Parameter(torch.randn(r, fan_in)), nn.Parameter(torch.randn(out, r))) for _ in range(3)]
     run = lambda: sum(low_rank(x, DenseBase(W), a, b, dropout=dropout).sum() for a, b in pairs)  # noqa: E731
-    assert kept_bytes(run) == n * fan_in * dtype.itemsize
+    # x once, and each layer's x A^T, which is a thirty-second of it
+    assert kept_bytes(run) == (n * fan_in + 3 * n * r) * dtype.itemsize
 
 
-def test_a_base_of_any_kind_keeps_the_input_alone():
+def test_a_wide_update_keeps_the_input_alone():
+    x = torch.randn(128, 64, requires_grad=True)
+    W = nn.Parameter(torch.randn(96, 64), requires_grad=False)
+    for r, more in ((4, 128 * 4 * 4), (5, 0)):  # 16 r <= 64
+        a, b = nn.Parameter(torch.randn(r, 64)), nn.Parameter(torch.randn(96, r))
+        assert kept_bytes(lambda a=a, b=b: low_rank(x, DenseBase(W), a, b), without=(W, a, b)) == x.nbytes + more
+
+
+def test_a_base_of_any_kind_keeps_the_input_and_the_thin_product():
     x = torch.randn(128, 256, requires_grad=True)
     W = nn.Parameter(torch.randn(384, 256), requires_grad=False)
     a, b = nn.Parameter(torch.randn(8, 256)), nn.Parameter(torch.randn(384, 8))
-    assert kept_bytes(lambda: low_rank(x, DenseBase(W, show=False), a, b, dropout=0.1), without=(W,)) == 128 * 256 * 4
+    assert kept_bytes(lambda: low_rank(x, DenseBase(W, show=False), a, b, dropout=0.1), without=(W,)) == 128 * (256 + 8) * 4
 
 
 def test_wide_parameters_beside_a_narrow_input():

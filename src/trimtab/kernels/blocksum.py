@@ -60,7 +60,7 @@ class BlockSum(Rule):
             return block_sum(x, self.r)
         s = x.new_empty(x.shape[0], self.r)
         for rows, mask in masks(self.seed, self.p, x):
-            s[rows] = block_sum(mask.mul_(x[rows]), self.r)
+            s[rows] = block_sum(x[rows] * mask, self.r)
         return s.div_(keep_rate(self.p))
 
     def add_(self, y: Tensor, x: Tensor, kept: Tensor, d: Tensor) -> None:
@@ -76,5 +76,5 @@ class BlockSum(Rule):
             else:
                 u.div_(keep_rate(self.p))
                 for rows, mask in masks(self.seed, self.p, gx):
-                    gx[rows].add_(mask.mul_(u[rows].repeat(1, -(-gx.shape[1] // self.r))[:, : gx.shape[1]]))
+                    gx[rows].addcmul_(u[rows].repeat(1, -(-gx.shape[1] // self.r))[:, : gx.shape[1]], mask)
         return (x.t() @ dy if needs[0] else None,)

@@ -1,7 +1,8 @@
 """A low-rank update beside a base: ``y = base(x) + scale * (drop(x) A^T) B^T``, A (r, in), B (out, r).
 
-For linear bases two autograd Functions keep ``x`` alone, in its own dtype and so shared by every layer on the same
-input: ``x A^T`` and the dropout mask are computed again in backward. With ``d`` the dropped input and ``G = dL/dy``::
+For linear bases two autograd Functions keep ``x``, in its own dtype and so shared by every layer on the same input, and
+``u`` (N, r) where ``16 r <= in``, that is at most a sixteenth beside it; the dropout mask is computed again in backward, and
+so is ``u`` where it is wider. With ``d`` the dropped input and ``G = dL/dy``::
 
     u = s d A^T          y  = u B^T + bias;  y += x W^T
     v = s G B            dx = mask * (v A);  dx += G W
@@ -28,7 +29,9 @@ from trimtab.core.site import Operation, Site
 from trimtab.kernels.dropout import draw_seed, keep_rate, masks
 from trimtab.kernels.mode import compute_dtype, fused
 
-__all__ = ["backward", "down", "low_rank"]
+__all__ = ["KEEP", "down", "low_rank"]
+
+KEEP = 16  # x A^T is kept where it is at most a sixteenth of x: making it again is a seventh of the update's work
 
 Pair = tuple[Tensor, Tensor]
 
@@ -114,44 +117,59 @@ def down(x: Tensor, a: Tensor, p: float, seed: int) -> Tensor:
         return x @ a.t()
     u = x.new_empty(x.shape[0], a.shape[0])
     for rows, mask in masks(seed, p, x):
-        torch.mm(mask.mul_(x[rows]), a.t(), out=u[rows])
+        torch.mm(x[rows] * mask, a.t(), out=u[rows])
     return u
 
 
-def backward(
-    v: Tensor | None, G: Tensor, x: Tensor, a: Tensor, r: int, p: float, seed: int, need: tuple[bool, bool, bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """``(mask * (v a), v^T d, (d a^T)^T G)`` with ``d = mask * x``; each only where ``need`` says so.
+def _kept(u: Tensor, r: int, width: int, needed: bool) -> Tensor | None:
+    """The columns of ``u`` that the gradient of B needs, if they are few beside ``x``; else they are made again."""
+    if not needed or r * KEEP > width:
+        return None
+    return u if u.shape[1] == r else u[:, :r].clone()
 
-    Args:
-        v: (N, R) gradient of ``d a^T``; None if neither dx nor dA is needed.
-        G: (N, out).
-        x: (N, in).
-        a: (R, in); its first ``r`` rows learn, and the last two results are for them alone.
-        r: number of rows that learn.
-        p, seed: the dropout.
-        need: which results are needed; the others are None.
-    """
-    need_x, need_a, need_b = need
-    if p == 0:
-        gb = (x @ a[:r].t()).t() @ G if need_b else None
+
+def _gradients(
+    ctx: Any, G: Tensor, x: Tensor, kept: Tensor | None, factors: tuple[Tensor | None, ...], need: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The update's part of dx (N, in), and dA, dB in their own dtypes; each only where ``need`` says so."""
+    a, b = factors[:2]
+    A, B = _cast(x.dtype, *factors)
+    r, (need_x, need_a, need_b) = a.shape[0], need
+    v = (G @ B).mul_(ctx.gain) if need_x or need_a else None
+    if ctx.p == 0:
+        if need_b and kept is None:
+            kept = (x @ A[:r].t()).mul_(ctx.gain)
+        gb = kept.t() @ G if need_b else None
         ga = v[:, :r].t() @ x if need_a else None
-        return v @ a if need_x else None, ga, gb  # dx last: the large product finds it in the cache
+        gx = v @ A if need_x else None  # last: the large product finds it in the cache
+    else:
+        gx, ga, gb = _masked(ctx, v, G, x, A, kept, r, need)
+    return gx, None if ga is None else ga.to(a.dtype), None if gb is None else gb.t().to(b.dtype)
+
+
+def _masked(
+    ctx: Any, v: Tensor | None, G: Tensor, x: Tensor, A: Tensor, kept: Tensor | None, r: int, need: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """``(mask * (v A), v^T d, u^T G)`` with ``d = mask * x``, in runs of rows, so that neither is whole at any time."""
+    need_x, need_a, need_b = need
     wide = torch.promote_types(x.dtype, torch.float32)  # sums over runs of rows
     gx = torch.empty_like(x) if need_x else None
     ga = torch.zeros(r, x.shape[1], device=x.device, dtype=wide) if need_a else None
-    gb = torch.zeros(r, G.shape[1], device=x.device, dtype=wide) if need_b else None
-    for rows, mask in masks(seed, p, x):
+    remade = need_b and kept is None
+    u = x.new_empty(x.shape[0], r) if remade else kept
+    for rows, mask in masks(ctx.seed, ctx.p, x):
         if need_x:
-            torch.mm(v[rows], a, out=gx[rows])
+            torch.mm(v[rows], A, out=gx[rows])
             gx[rows].mul_(mask)
-        if need_a or need_b:
-            mask.mul_(x[rows])  # d
+        if need_a or remade:
+            d = x[rows] * mask
         if need_a:
-            _accumulate(ga, v[rows, :r].t(), mask)
-        if need_b:
-            _accumulate(gb, (mask @ a[:r].t()).t(), G[rows])
-    return gx, ga, gb
+            _accumulate(ga, v[rows, :r].t(), d)
+        if remade:
+            torch.mm(d, A[:r].t(), out=u[rows])
+    if remade:
+        u.mul_(ctx.gain)
+    return gx, ga, u.t() @ G if need_b else None
 
 
 def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -160,17 +178,6 @@ def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left, right)
     else:
         total.add_(left @ right)
-
-
-def _gradients(
-    ctx: Any, G: Tensor, x: Tensor, factors: tuple[Tensor | None, ...], need: tuple[bool, bool, bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The update's part of dx (N, in), and dA, dB in their own dtypes."""
-    a, b = factors[:2]
-    A, B = _cast(x.dtype, *factors)
-    v = (G @ B).mul_(ctx.gain) if need[0] or need[1] else None
-    gx, ga, gb = backward(v, G, x, A, a.shape[0], ctx.p, ctx.seed, need)
-    return gx, None if ga is None else ga.to(a.dtype), None if gb is None else gb.mul_(ctx.gain).t().to(b.dtype)
 
 
 def _begun(u: Tensor, B: Tensor, bias: Tensor | None) -> Tensor:
@@ -199,16 +206,16 @@ class _Dense(Function):
         A, B = _cast(dtype, a, b, a0, b0)
         u = down(x2, A, p, seed).mul_(ctx.gain)
         y = _begun(u, B, None if bias is None else bias.to(dtype)).addmm_(x2, W.to(dtype).t())
-        ctx.save_for_backward(x, W, a, b, a0, b0)
+        ctx.save_for_backward(x, W, _kept(u, a.shape[0], x2.shape[1], ctx.needs_input_grad[4]), a, b, a0, b0)
         return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))  # no view: the next adapter may write it
 
     @staticmethod
     @once_differentiable
     def backward(ctx, G):
-        x, W, *factors = ctx.saved_tensors
+        x, W, kept, *factors = ctx.saved_tensors
         need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
         x2, G2 = x.reshape(-1, x.shape[-1]).to(ctx.dtype), G.reshape(-1, G.shape[-1])
-        gx, ga, gb = _gradients(ctx, G2, x2, factors, (need_x, need_a, need_b))
+        gx, ga, gb = _gradients(ctx, G2, x2, kept, factors, (need_x, need_a, need_b))
         if need_x:
             gx = gx.addmm_(G2, W.to(ctx.dtype)).view(x.shape).to(x.dtype)
         gw = (G2.t() @ x2).to(W.dtype) if need_w else None
@@ -228,16 +235,17 @@ class _Beside(Function):
             y = y.clone()
         x2 = x.reshape(-1, x.shape[-1]).to(ctx.dtype)
         A, B = _cast(ctx.dtype, a, b, a0, b0)
-        y.view(-1, y.shape[-1]).addmm_(down(x2, A, p, seed), B.t(), alpha=ctx.gain)
-        ctx.save_for_backward(x, a, b, a0, b0)
+        u = down(x2, A, p, seed).mul_(ctx.gain)
+        y.view(-1, y.shape[-1]).addmm_(u, B.t())
+        ctx.save_for_backward(x, _kept(u, a.shape[0], x2.shape[1], ctx.needs_input_grad[3]), a, b, a0, b0)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, G):
-        x, *factors = ctx.saved_tensors
+        x, kept, *factors = ctx.saved_tensors
         need_y, need_x, need_a, need_b = ctx.needs_input_grad[:4]
         x2, G2 = x.reshape(-1, x.shape[-1]).to(ctx.dtype), G.reshape(-1, G.shape[-1])
-        gx, ga, gb = _gradients(ctx, G2, x2, factors, (need_x, need_a, need_b))
+        gx, ga, gb = _gradients(ctx, G2, x2, kept, factors, (need_x, need_a, need_b))
         gx = gx.view(x.shape).to(x.dtype) if need_x else None
         return G if need_y else None, gx, ga, gb, None, None, None, None, None, None
