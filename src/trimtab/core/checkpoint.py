@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from trimtab.core.kinds import module_site, site_for
 from trimtab.core.registry import config_from_dict, config_to_dict
 from trimtab.core.selection import Place
 from trimtab.core.site import Cohort, Rows, Site
-from trimtab.core.state import adapter_group, state_of, tensors_of, unwrap
+from trimtab.core.state import adapter_group, shapes_by_place, state_of, tensors_of, unwrap
 
 __all__ = ["FORMATS", "load", "read_manifest", "save"]
 
@@ -295,12 +295,19 @@ def _rebuild(root: nn.Module, manifest: dict[str, Any]) -> list[Adapter]:
         except TrimtabError as error:
             problems.append(error)
     raise_all(problems)
-    return [shapes_only(config, site, rng) for site, config in adapters]
+    stored = shapes_by_place(manifest["tensors"], [site for site, _ in adapters])
+    return [shapes_only(config, site, rng, shapes) for (site, config), shapes in zip(adapters, stored, strict=True)]
 
 
-def shapes_only(config: Any, site: Site, rng: torch.Generator) -> Adapter:
-    """The adapter without values, its site the real one; ``install`` fills it."""
-    adapter = build_adapter(config, site.shapes_only(), rng)
+def shapes_only(config: Any, site: Site, rng: torch.Generator, stored: Mapping[str, tuple[int, ...]] | None = None) -> Adapter:
+    """The adapter without values, its site the real one; ``install`` fills it.
+
+    Args:
+        stored: shapes of the tensors that will fill it, for methods whose sizes the data chose.
+    """
+    twin = site.shapes_only()
+    twin.stored = stored or {}
+    adapter = build_adapter(config, twin, rng)
     adapter.site = site
     return adapter
 

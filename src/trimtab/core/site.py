@@ -20,7 +20,7 @@ kind           module                                    matrix (out, in)       
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -180,6 +180,8 @@ class Site(Operation):
         device, dtype: the base weight's.
         adapter_dtype: dtype in which the adapter's parameters are stored.
         gradient: dL/dW, shape ``(out, in)``, only while a method that asks for it is being started.
+        stored: shapes of the tensors saved for this place, by name, only while a load rebuilds its adapter: for sizes
+            that the data chose, and not the config.
     """
 
     module: nn.Module
@@ -195,6 +197,7 @@ class Site(Operation):
     adapter_dtype: torch.dtype = torch.float32
     cohort: Cohort = field(default_factory=Cohort)
     gradient: Tensor | None = None
+    stored: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     kind = "?"
     #: sites of these kinds act by replacing the tensor that the module reads, not by the module's forward
     substitutes = False

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
 from trimtab.core.contracts import Adapter
 from trimtab.core.errors import NoMatch, Unsupported, nearest
 from trimtab.core.host import CHILD, Host
-from trimtab.core.site import gathered
+from trimtab.core.site import Site, gathered
 
 __all__ = ["Group", "ModelState", "adapter_group", "state_of", "unwrap"]
 
@@ -137,3 +139,15 @@ def tensors_of(group: Group) -> dict[str, Tensor]:
         for key, value in adapter.state_dict(keep_vars=True).items():
             found[f"{adapter.site.path}.{adapter.site.slot}.{key}"] = gathered(value.detach())
     return found
+
+
+def shapes_by_place(tensors: Mapping[str, Mapping[str, Any]], sites: Sequence[Site]) -> list[dict[str, tuple[int, ...]]]:
+    """For every site: name -> shape of the tensors that a manifest's ``tensors``, named as above, lists for it."""
+    found: dict[str, dict[str, tuple[int, ...]]] = {f"{site.path}.{site.slot}": {} for site in sites}
+    for key, entry in tensors.items():
+        place = key.rpartition(".")[0]
+        while place and place not in found:  # a tensor's own name may have dots
+            place = place.rpartition(".")[0]
+        if place:
+            found[place][key[len(place) + 1 :]] = tuple(entry["shape"])
+    return [found[f"{site.path}.{site.slot}"] for site in sites]
