@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 import trimtab as tt
 from trimtab.core.contracts import Adapter
+from trimtab.kernels import projections
 from trimtab.kernels.dropout import keep_mask, keep_rate
-from trimtab.methods.reparameterized import vera
 
 
 def test_published_count():
@@ -56,7 +56,7 @@ def test_start_and_first_gradients():
 
 
 def test_gradients_with_dropout_are_those_of_the_composition(monkeypatch):
-    monkeypatch.setattr(vera, "draw_seed", lambda: 5)
+    monkeypatch.setattr(projections, "draw_seed", lambda: 5)
     model, adapter, W = adapted(tt.VeRA(rank=5, dropout=0.3), moved=True)
     x = torch.randn(2, 9, 16, dtype=torch.float64, requires_grad=True)
     mask = keep_mask(5, 0.3, x.view(-1, 16)).view_as(x) / keep_rate(0.3)

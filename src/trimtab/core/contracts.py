@@ -19,7 +19,7 @@ A minimal method, complete (it then trains, merges, saves, routes and serves)::
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -65,6 +65,21 @@ class MethodConfig:
             isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1,
             f"the rank must be an integer of at least 1, found {rank!r}",
         )
+
+    def require_count(self, *names: str, optional: bool = False) -> None:
+        """The named fields must be integers of at least 1, or None where ``optional``."""
+        for name in names:
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+            self.require(
+                whole or (optional and value is None),
+                f"{name} must be {'None or ' * optional}an integer of at least 1, found {value!r}",
+            )
+
+    def require_choice(self, name: str, known: Sequence[str]) -> None:
+        """The named field must be one of ``known``."""
+        value = getattr(self, name)
+        self.require(value in known, f"{name} must be one of {', '.join(known)}, found {value!r}")
 
     def require_probability(self, name: str, p: float) -> None:
         """``p`` must lie in [0, 1)."""

@@ -10,7 +10,9 @@ its Neumann series (OFTv2, arXiv 2506.19847) ``I - 2Q + 2Q^2 - ... +- Q^K``, who
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +23,10 @@ from torch.nn import functional as F
 from trimtab.core.site import Operation
 from trimtab.kernels.mode import compute_dtype, fused
 
-__all__ = ["Blocks", "CayleyBlocks", "cayley", "dense_rotation", "neumann", "rotate", "rotated_linear", "skew", "turn"]
+__all__ = [
+    "Blocks", "BoundedBlocks", "CayleyBlocks", "TriangleBlocks", "cayley", "dense_rotation", "neumann", "rotate",
+    "rotated_linear", "skew", "turn",
+]  # fmt: skip
 
 
 def skew(vector: Tensor, size: int) -> Tensor:
@@ -95,6 +100,36 @@ class CayleyBlocks(Blocks):
             return [self.skew_gradient((g - g.transpose(-1, -2)).mul_(-2))]
 
         return R, pull
+
+
+@dataclass(frozen=True)
+class TriangleBlocks(CayleyBlocks):
+    """Exact blocks of side ``size`` from strict upper triangles (n, size (size - 1) / 2); one factor."""
+
+    size: int
+
+    def skew(self, vector: Tensor) -> Tensor:
+        return skew(vector.to(torch.promote_types(vector.dtype, torch.float32)), self.size)[None]
+
+    def skew_gradient(self, g: Tensor) -> Tensor:
+        rows, columns = torch.triu_indices(self.size, self.size, 1, device=g.device)
+        return g[0].flatten(1).index_select(1, rows * self.size + columns)
+
+
+@dataclass(frozen=True)
+class BoundedBlocks(Blocks):
+    """As ``TriangleBlocks``, with every ``Q`` kept within a ball of ``eps / sqrt(n)`` (COFT), or by Neumann's series, or both."""
+
+    size: int
+    terms: int | None
+    eps: float | None
+
+    def blocks(self, vector: Tensor) -> Tensor:
+        Q = skew(vector.to(torch.promote_types(vector.dtype, torch.float32)), self.size)
+        if self.eps is not None:
+            limit = self.eps / math.sqrt(vector.shape[0])
+            Q = Q * (limit / Q.flatten(1).norm(dim=1).clamp_min(limit))[:, None, None]
+        return (cayley(Q) if self.terms is None else neumann(Q, self.terms))[None]
 
 
 def rotate(x: Tensor, maker: Blocks, *params: Tensor) -> Tensor:

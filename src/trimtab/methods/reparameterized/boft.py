@@ -45,15 +45,11 @@ class BOFT(MethodConfig):
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "blocks"):
-            value = getattr(self, name)
-            self.require(value is None or (isinstance(value, int) and value >= 1),
-                         f"{name} must be None or an integer of at least 1, found {value!r}")
+        self.require_count("block_size", "blocks", optional=True)
         self.require(self.block_size is None or self.blocks is None,
                      "give block_size or blocks, not both: their product is the width")
         self.require(self.block_size != 1, "blocks of size 1 have nothing to rotate; use at least 2")
-        self.require(isinstance(self.factors, int) and self.factors >= 1,
-                     f"factors must be an integer of at least 1, found {self.factors!r}")
+        self.require_count("factors")
         self.require_probability("dropout", self.dropout)
 
     def size(self, width: int) -> int:

@@ -17,7 +17,7 @@ from trimtab.core.errors import ShapeMismatch
 from trimtab.core.registry import method
 from trimtab.core.site import Operation, Site
 from trimtab.kernels.beside import beside
-from trimtab.kernels.fourier import FourierRule, FourierWeight, Places, dense_update
+from trimtab.kernels.fourier import FourierRule, FourierWeight, Places, dense_update, on_activations
 from trimtab.kernels.mode import fused
 from trimtab.kernels.rebuilt import rebuilt
 
@@ -47,11 +47,9 @@ class FourierFT(MethodConfig):
     start: str = "zero"
 
     def __post_init__(self) -> None:
-        n = self.coefficients
-        self.require(isinstance(n, int) and not isinstance(n, bool) and n >= 1,
-                     f"coefficients must be an integer of at least 1, found {n!r}")
+        self.require_count("coefficients")
         self.require(self.alpha is None or self.alpha != 0, "alpha 0 would switch the adapter off")
-        self.require(self.start in ("zero", "normal"), f'start must be "zero" or "normal", found {self.start!r}')
+        self.require_choice("start", ("zero", "normal"))
 
     @property
     def scale(self) -> float:
@@ -112,16 +110,6 @@ class FourierFTAdapter(Reparameterization):
             return base(x) + base.project(x, dense_update(self.index, self.c, self.config.scale, *self.site.shape))
         if self._places is None or self._places.rows.device != self.index.device:
             self._places = Places(self.index, *self.site.shape)
-        if self._on_activations(x):
+        if on_activations(x.numel() // max(x.shape[-1], 1), self.config.coefficients, *self.site.shape):
             return beside(FourierRule(self._places, self.index, self.config.scale), x, base, self.c)
         return rebuilt(FourierWeight(self._places, self.index, self.config.scale), x, base, self.c)
-
-    def _on_activations(self, x: Tensor) -> bool:
-        """Whether transforming activations is cheaper than forming ``dW`` and its gradient.
-
-        In units of one multiply-add of a large product, as measured on a CPU core at width 1024: a coefficient costs 370 a
-        token, a feature's transforms 270 a token; an entry of ``dW`` costs 800 for its transforms and 1 a token.
-        """
-        out, fan_in = self.site.shape
-        tokens = x.numel() // max(fan_in, 1)
-        return tokens * (370 * self.config.coefficients + 270 * (out + fan_in)) < out * fan_in * (tokens + 800)

@@ -25,9 +25,6 @@ from trimtab.methods.reparameterized.moved import MovedLowRank
 
 __all__ = ["LoRAGA", "LoRAGAAdapter"]
 
-_DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
-_SIZES = ("stable", "weight_svd", "gd_scale", "unit")
-
 
 @dataclass(frozen=True)
 class LoRAGA(MethodConfig):
@@ -59,9 +56,9 @@ class LoRAGA(MethodConfig):
         self.require_rank(self.rank)
         self.require(self.alpha != 0, "alpha 0 would switch the adapter off")
         self.require(self.gamma > 0, f"gamma must be above 0, found {self.gamma!r}")
-        for name, known in (("direction", _DIRECTIONS), ("size", _SIZES), ("form", ("paper", "peft"))):
-            value = getattr(self, name)
-            self.require(value in known, f"{name} must be one of {', '.join(known)}, found {value!r}")
+        self.require_choice("direction", ("ArB2r", "A2rBr", "ArBr", "random"))
+        self.require_choice("size", ("stable", "weight_svd", "gd_scale", "unit"))
+        self.require_choice("form", ("paper", "peft"))
 
     @property
     def scale(self) -> float:
@@ -70,8 +67,7 @@ class LoRAGA(MethodConfig):
 
 
 @method(
-    LoRAGA,
-    paper="arXiv:2407.05000 Thms. 3.1, 3.2",
+    LoRAGA, paper="arXiv:2407.05000 Thms. 3.1, 3.2",
     tests=({"rank": 2}, {"rank": 2, "direction": "ArBr", "size": "unit"}, {"rank": 2, "form": "peft"}),
 )
 class LoRAGAAdapter(MovedLowRank):
@@ -91,28 +87,22 @@ class LoRAGAAdapter(MovedLowRank):
         U, S, Vh = top_svd(site.gradient, 2 * r, iterations=4, width=4 * r, rng=rng)
         for_a, for_b = _pick(config, rng)
         a, b = Vh[for_a], U[:, for_b]
-        if config.form == "peft":
-            b = b * S[for_b]
-            grow_b = _size(config, site, rng, leading=S[for_b][0])
-            grow_a = grow_b if config.size == "gd_scale" else 1.0
-        else:
-            grow_a = grow_b = _size(config, site, rng)
-        return grow_b * b, grow_a * a
+        if config.form == "paper":
+            grow = _size(config, site, rng)
+            return grow * b, grow * a
+        grow = _size(config, site, rng, leading=S[for_b][0])
+        return grow * b * S[for_b], (grow if config.size == "gd_scale" else 1.0) * a
 
 
 def _pick(config: LoRAGA, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """Indices among the 2r leading vectors, for A and for B."""
-    r = config.rank
-    order = torch.arange(2 * r)
-    if config.direction == "ArB2r":
-        return order[:r], order[r:]
-    if config.direction == "A2rBr":
-        return order[r:], order[:r]
-    if config.direction == "ArBr":
-        return order[1::2], order[0::2]
-    order = torch.randperm(2 * r, generator=rng)
-    # peft's random form gives A and B the same vectors
-    return order[:r], order[:r] if config.form == "peft" else order[r:]
+    r, order = config.rank, torch.arange(2 * config.rank)
+    if config.direction == "random":
+        order = torch.randperm(2 * r, generator=rng)
+        # peft's random form gives A and B the same vectors
+        return order[:r], order[:r] if config.form == "peft" else order[r:]
+    halves = {"ArB2r": (order[:r], order[r:]), "A2rBr": (order[r:], order[:r]), "ArBr": (order[1::2], order[0::2])}
+    return halves[config.direction]
 
 
 def _size(config: LoRAGA, site: Site, rng: torch.Generator, *, leading: Tensor | None = None) -> float:
@@ -123,7 +113,7 @@ def _size(config: LoRAGA, site: Site, rng: torch.Generator, *, leading: Tensor |
         return 1 / config.scale
     if config.size == "weight_svd":
         S = top_svd(site.weight, config.rank, iterations=4, width=4 * config.rank, rng=rng)[1]
-        if leading is not None:
-            return float(S[0] / leading.to(S)) if leading > 0 else 1.0
-        return float((S / config.scale).abs().sqrt().mean())
+        if leading is None:
+            return float((S / config.scale).abs().sqrt().mean())
+        return float(S[0] / leading.to(S)) if leading > 0 else 1.0
     return 1.0

@@ -8,7 +8,6 @@ series). Trainable: ``blocks b (b - 1) / 2``. Saved for backward: ``x`` alone.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +18,7 @@ from trimtab.core.errors import ShapeMismatch
 from trimtab.core.registry import method
 from trimtab.core.site import Operation, Site
 from trimtab.kernels.divisors import nearest_divisors
-from trimtab.kernels.rotation import Blocks, CayleyBlocks, cayley, dense_rotation, neumann, rotate, rotated_linear, skew
+from trimtab.kernels.rotation import BoundedBlocks, TriangleBlocks, dense_rotation, rotate, rotated_linear
 
 __all__ = ["OFT", "OFTAdapter"]
 
@@ -50,10 +49,7 @@ class OFT(MethodConfig):
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "blocks"):
-            value = getattr(self, name)
-            self.require(value is None or (isinstance(value, int) and value >= 1),
-                         f"{name} must be None or an integer of at least 1, found {value!r}")
+        self.require_count("block_size", "blocks", optional=True)
         self.require(self.block_size is None or self.blocks is None,
                      "give block_size or blocks, not both: their product is the width")
         self.require(self.block_size != 1, "blocks of size 1 have nothing to rotate; use at least 2")
@@ -65,36 +61,6 @@ class OFT(MethodConfig):
     def size(self, width: int) -> int:
         """b for a place of this width."""
         return width // self.blocks if self.blocks else self.block_size or 32
-
-
-@dataclass(frozen=True)
-class _Exact(CayleyBlocks):
-    """Free skew blocks, exact Cayley."""
-
-    size: int
-
-    def skew(self, vector: Tensor) -> Tensor:
-        return skew(vector.to(torch.promote_types(vector.dtype, torch.float32)), self.size)[None]
-
-    def skew_gradient(self, g: Tensor) -> Tensor:
-        rows, columns = torch.triu_indices(self.size, self.size, 1, device=g.device)
-        return g[0].flatten(1).index_select(1, rows * self.size + columns)
-
-
-@dataclass(frozen=True)
-class _Made(Blocks):
-    """Skew blocks kept within a ball (COFT), or Neumann's series, or both."""
-
-    size: int
-    neumann: int | None
-    eps: float | None
-
-    def blocks(self, vector: Tensor) -> Tensor:
-        Q = skew(vector.to(torch.promote_types(vector.dtype, torch.float32)), self.size)
-        if self.eps is not None:
-            limit = self.eps / math.sqrt(vector.shape[0])
-            Q = Q * (limit / Q.flatten(1).norm(dim=1).clamp_min(limit))[:, None, None]
-        return (cayley(Q) if self.neumann is None else neumann(Q, self.neumann))[None]
 
 
 @method(
@@ -114,7 +80,7 @@ class OFTAdapter(Reparameterization):
         size = config.size(width)
         self.q = self.zeros(1 if config.block_share else width // size, size * (size - 1) // 2)
         exact = config.neumann is None and config.eps is None
-        self.maker = _Exact(size) if exact else _Made(size, config.neumann, config.eps)
+        self.maker = TriangleBlocks(size) if exact else BoundedBlocks(size, config.neumann, config.eps)
 
     @staticmethod
     def width(site: Site) -> int:

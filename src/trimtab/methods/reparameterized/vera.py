@@ -9,19 +9,17 @@ Source: arXiv 2310.11454, Eq. 2 (there b and d). Trainable: ``r + out``. Kept fo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from trimtab.core.contracts import MethodConfig, Reparameterization, Span
 from trimtab.core.registry import method
 from trimtab.core.site import Operation, Site
-from trimtab.kernels.beside import Rule, beside
-from trimtab.kernels.dropout import draw_seed, keep_rate, masks
-from trimtab.kernels.lowrank import down, low_rank
+from trimtab.kernels.beside import beside
+from trimtab.kernels.lowrank import low_rank
+from trimtab.kernels.projections import ScaledProjections
 
 __all__ = ["VeRA", "VeRAAdapter"]
 
@@ -83,44 +81,9 @@ class VeRAAdapter(Reparameterization):
     def forward(self, x: Tensor, base: Operation) -> Tensor:
         dropout = self.config.dropout * self.training
         if base.kind == "linear":
-            return beside(_Scaled(self.A, self.B, dropout), x, base, self.d, self.e)
+            return beside(ScaledProjections(self.A, self.B, dropout), x, base, self.d, self.e)
         B, A = self.factors()
         return low_rank(x, base, A, B, dropout=dropout)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.e[:, None] * self.B, self.d[:, None] * self.A
-
-
-class _Scaled(Rule):
-    """``f(x) = e * (d * drop(x) A^T) B^T``. With ``h = drop(x) A^T``, ``t = dy (e * B)``: ``dd = sum(t * h)``, ``de = rows of
-    ((dy^T (d * h)) * B)``, ``dx = mask * ((d * t) A)``; no gradient product of A's or B's size is ever formed."""
-
-    def __init__(self, A: Tensor, B: Tensor, p: float):
-        self.A, self.B, self.p = A, B, p
-        self.seed = draw_seed() if p and not torch.compiler.is_compiling() else 0
-
-    def map(self, x: Tensor, d: Tensor, e: Tensor) -> Tensor:
-        h = F.linear(F.dropout(x, self.p, training=self.p > 0), self.A.to(x.dtype))
-        return F.linear(h * d, self.B.to(x.dtype)) * e
-
-    def keep(self, x: Tensor) -> Tensor:
-        return down(x, self.A.to(x.dtype), self.p, self.seed).mul_(1 / keep_rate(self.p))
-
-    def add_(self, y: Tensor, x: Tensor, kept: Tensor, d: Tensor, e: Tensor) -> None:
-        y.addmm_(kept * d, (e[:, None] * self.B.to(y.dtype)).t())
-
-    def pull(
-        self, dy: Tensor, h: Tensor, gx: Tensor | None, needs: Sequence[bool], d: Tensor, e: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        A, B = self.A.to(dy.dtype), self.B.to(dy.dtype)
-        t = dy @ (e[:, None] * B)
-        dd = (t * h).sum(0) if needs[0] else None
-        de = ((dy.t() @ (h * d)) * B).sum(1) if needs[1] else None
-        if gx is not None:
-            t.mul_(d / keep_rate(self.p))
-            if self.p == 0:
-                gx.addmm_(t, A)
-            else:
-                for rows, mask in masks(self.seed, self.p, gx):
-                    gx[rows].addcmul_(t[rows] @ A, mask)
-        return dd, de
