@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import trimtab as tt
 from tiny_text import rows, settings, write_data, write_jsonl, write_model
+from trimtab.core import registry
 from trimtab.training import DataError, RunError, evaluate, load_config, train
 from trimtab.training.trainer import AdapterTrainer
 
@@ -318,3 +319,14 @@ def test_curve_json_holds_no_timings(tmp_path: Path):
     keys = set().union(*entries)
     assert {"loss", "eval_loss", "eval_accuracy", "learning_rate", "step"} <= keys
     assert not [key for key in keys if "runtime" in key or "second" in key]
+
+
+@pytest.mark.parametrize("name", ["LoRAGA", "NormTuning", "BitFit", "VeRA", "OFT"])
+def test_other_methods_train_from_the_same_file(name: str, tmp_path: Path):
+    """Those with a start from gradients, with own targets, with shared tensors; LoRAGA's gradient is that of training rows."""
+    more = registry.entry(name).tests[:1]
+    config = settings(tmp_path, method={"name": name, **(more[0] if more else {})}, epochs=1)
+    result = train(config)
+    assert result.metrics["test"]["accuracy"] > 0 and result.trainable > 3 * 32 + 3
+    again = evaluate(config["output"])
+    assert again.metrics["accuracy"] == result.metrics["test"]["accuracy"]

@@ -16,7 +16,7 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from trimtab import tasks
 from trimtab.core import registry
@@ -41,6 +41,7 @@ from trimtab.training.models import check_finite
 __all__ = ["RunResult", "attach_adapter", "train"]
 
 CONFIG, INFO, RESULT, ADAPTER, CHECKPOINTS = "config.yaml", "task.json", "result.json", "adapter", "checkpoints"
+GRADIENT_ROWS = 64  # training rows whose gradient starts a method that asks for one
 
 
 @dataclass
@@ -127,9 +128,18 @@ def attach_adapter(bundle: Bundle, config: TrainConfig) -> None:
     if method is None and head is None:
         raise ConfigError("the method is null and this task has no head to train; give a method, such as LoRA")
     if method is not None:
-        attach(bundle.model, method, targets=config.targets, layers=config.layers, name=config.adapter, rng=rng)
+        loss = _sample_loss(bundle) if method.adapter_class.needs_gradient else None
+        where = {"targets": config.targets, "layers": config.layers}
+        attach(bundle.model, method, **where, name=config.adapter, rng=rng, loss=loss)
     if head is not None:
         attach(bundle.model, registry.get("Unfreeze")(), targets=[head], name=config.adapter, rng=rng)
+
+
+def _sample_loss(bundle: Bundle) -> Callable[[nn.Module], Tensor]:
+    """Loss on the first training rows, for methods that start from its gradient."""
+    batch = bundle.collate(bundle.splits["train"][:GRADIENT_ROWS])
+    labels = batch.pop("labels")
+    return lambda model: bundle.loss(model(**batch), labels)
 
 
 @contextmanager
