@@ -75,3 +75,13 @@ def test_eval_predicts_texts_and_train_refuses_another_configuration(
     assert main(["train", "c.yaml", "epochs=3"]) == 2
     assert "epochs = 1.0 there, 3.0 now" in capsys.readouterr().err
     assert main(["train", "c.yaml", "epochs=3", "--overwrite"]) == 0
+
+
+def test_a_methods_page_and_all_pages(tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert main(["methods", "LoRA"]) == 0
+    shown = capsys.readouterr().out
+    assert "2106.09685" in shown and "worth searching" in shown
+    assert main(["methods", "--pages", str(tmp_path / "pages")]) == 0
+    assert (tmp_path / "pages" / "LoRA.md").read_text().startswith("# LoRA\n")
+    assert main(["methods", "LoRRA"]) == 2
+    assert "nearest: LoRA" in capsys.readouterr().err

@@ -28,6 +28,8 @@ __all__ = ["AdaLoRA", "AdaLoRAAdapter", "orthogonality"]
 class AdaLoRA(MethodConfig):
     """LoRA as ``P diag(E) Q`` with a rank that a budget can shrink place by place.
 
+    Not without a budget schedule: alone it is a LoRA with one diagonal more.
+
     Args:
         rank: rank at the start, at most ``min(in, out)``; 1.5 times the rank aimed at is usual.
         alpha: scale numerator; None means ``2 * rank``.

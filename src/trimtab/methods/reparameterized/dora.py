@@ -30,6 +30,8 @@ __all__ = ["DoRA", "DoRAAdapter", "row_norms"]
 class DoRA(LoRA):
     """LoRA on the rows' directions and a learned magnitude for each row; nearer to full fine-tuning at low ranks.
 
+    Not where activations are short of memory: it keeps a second output a place, and needs W in every step.
+
     Args:
         rank: r, at most ``min(in, out)``.
         alpha: scale numerator; None means ``2 * rank``, a scale of 2.

@@ -32,7 +32,7 @@ class FourierFT(MethodConfig):
     cheap on long inputs with large n.
 
     Args:
-        coefficients: n a place.
+        coefficients: n, the number of entries of the spectrum that learn at a place.
         alpha: factor of the update; None means 300, the paper's. It is divided by ``out in`` in the transform.
         seed: seed of the places; equal shapes share them.
         start: ``"zero"``: training starts at the base; ``"normal"``: the paper's N(0, 1), which does not.

@@ -27,6 +27,8 @@ __all__ = ["LoRA", "LoRAAdapter", "LowRank", "check_rank", "start_bound"]
 class LoRA(MethodConfig):
     """Low-rank update ``W + (alpha / rank) B A``; the safe first choice.
 
+    Not where the change has a high rank (new knowledge, another modality): raise the rank, or take MiSS, LoHa or SoKA.
+
     Args:
         rank: r, at most ``min(in, out)``.
         alpha: scale numerator; None means ``2 * rank``, a scale of 2.

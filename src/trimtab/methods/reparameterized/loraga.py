@@ -30,6 +30,8 @@ __all__ = ["LoRAGA", "LoRAGAAdapter"]
 class LoRAGA(MethodConfig):
     """LoRA that starts from the singular vectors of the loss's gradient; needs ``tt.attach(..., loss=...)``.
 
+    Not without data of the task when attaching; and a file carries its start, twice the numbers of a LoRA.
+
     Args:
         rank: r; ``2 r`` at most ``min(in, out)``.
         alpha: scale numerator; the scale is ``alpha / sqrt(rank)``.

@@ -51,6 +51,8 @@ class Bone(MethodConfig):
 class MiSS(Bone):
     """Matrix shard sharing: Bone's layer, with a ``mini`` form whose block repeats along the outputs too.
 
+    Not with ``mini`` for hard tasks: it has few numbers, and all outputs of one residue learn the same.
+
     Args:
         rank: r, the block size and the largest rank of the update; at most ``in``.
         dropout: probability of zeroing an entry of the branch's input while training.

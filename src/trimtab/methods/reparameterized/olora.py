@@ -26,6 +26,8 @@ __all__ = ["OLoRA", "OLoRAAdapter"]
 class OLoRA(MethodConfig):
     """LoRA that starts from a QR decomposition of W; cheaper to start than PiSSA.
 
+    Not where PiSSA's SVD is affordable and quality counts; and a file carries its start, twice the numbers of a LoRA.
+
     Args:
         rank: r, at most ``min(in, out)``.
         alpha: scale numerator; None means ``rank``, a scale of 1.

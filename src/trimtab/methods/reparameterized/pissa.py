@@ -26,6 +26,8 @@ __all__ = ["PiSSA", "PiSSAAdapter"]
 class PiSSA(MethodConfig):
     """LoRA that starts from the principal singular vectors of W; learns faster than LoRA at the same cost.
 
+    Not for very many adapters on disk: each carries its start as well, twice the numbers of a LoRA.
+
     Args:
         rank: r, at most ``min(in, out)``.
         alpha: scale numerator, above 0; None means ``rank``, a scale of 1, as in the paper.

@@ -20,6 +20,8 @@ __all__ = ["RsLoRA", "RsLoRAAdapter"]
 class RsLoRA(LoRA):
     """LoRA with the scale ``alpha / sqrt(rank)``; for ranks of 32 and more.
 
+    Not for small ranks: there it is LoRA under another scale.
+
     Args:
         rank: r, at most ``min(in, out)``.
         alpha: scale numerator; None means 8, which at rank 16 gives LoRA's default scale of 2.

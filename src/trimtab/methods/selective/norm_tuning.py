@@ -18,8 +18,8 @@ __all__ = ["NormTuning", "NormTuningAdapter"]
 class NormTuning(MethodConfig):
     """Only the norms' gains and biases learn: a few thousand numbers a block.
 
-    A good complement to LoRA, or a cheap domain shift on its own. It cannot mix channels, so that a task which needs
-    new features wants a method on matrices. Running statistics of BatchNorm are buffers and no part of it.
+    A good complement to LoRA, or a cheap domain shift on its own. Not for tasks that need new features: it cannot mix
+    channels. Running statistics of BatchNorm are buffers and no part of it.
     """
 
 

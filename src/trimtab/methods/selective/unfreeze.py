@@ -18,8 +18,8 @@ __all__ = ["Unfreeze", "UnfreezeAdapter"]
 class Unfreeze(MethodConfig):
     """Every parameter at and below the targeted modules learns; default the head.
 
-    For a new classifier head beside another method, or for full fine-tuning of some blocks. It stores a full copy of what
-    it unfreezes: for large matrices use LoRA.
+    For a new classifier head beside another method, or for full fine-tuning of some blocks. Not for large matrices, since
+    it stores a full copy of what it unfreezes: there LoRA is the choice.
     """
 
     learning_rate = Span(1e-5, 1e-3, log=True)
