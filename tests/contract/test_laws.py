@@ -326,4 +326,6 @@ def test_fullgraph_compile_without_recompiling_on_a_switch(case: Case) -> None:
     close(compiled(x), model(x))
     tt.activate(model, "a")
     close(compiled(x), eager)
-    assert counter.frame_count == seen, "switching between adapters of one shape compiled something"
+    shapes = [[p.shape for p in tt.parameters(model, name)] for name in "ab"]
+    if shapes[0] == shapes[1]:  # a method whose sizes the data chooses may have given the second adapter others
+        assert counter.frame_count == seen, "switching between adapters of one shape compiled something"

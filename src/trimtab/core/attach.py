@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ __all__ = ["Assignment", "attach", "detach", "mount_group", "plan_sites"]
 
 Targets = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
 Assignment = tuple[MethodConfig, Site]
+Loss = Callable[[nn.Module], Tensor | Iterable[Tensor]]
 
 
 def attach(
@@ -38,7 +39,7 @@ def attach(
     trainable: bool = True,
     dtype: torch.dtype | None = None,
     rng: torch.Generator | None = None,
-    loss: Callable[[nn.Module], Tensor] | None = None,
+    loss: Loss | None = None,
     check_gradients: bool = True,
     dry_run: bool = False,
 ) -> Table:
@@ -57,7 +58,8 @@ def attach(
         trainable: whether its parameters learn; nothing but this argument ever decides it.
         dtype: dtype that stores the adapter; None means float32 (float64 on a float64 base).
         rng: source of the random start; None draws a seed from torch's default generator.
-        loss: ``model -> scalar`` on sample data, for methods that start from a gradient (LoRAGA).
+        loss: ``model -> scalar`` on sample data, or a generator of scalars, one a batch; for methods that start from a
+            gradient (LoRAGA, GPS, SPT).
         check_gradients: confirm at the first optimizer step that exactly the declared parameters got gradients.
         dry_run: change nothing, return the table of what would happen.
 
@@ -224,9 +226,10 @@ def _finite(site: Site) -> bool:
     return bool(torch.isfinite(stored.detach().sum(dtype=torch.float64 if stored.device.type == "cpu" else torch.float32)))
 
 
-def _calibrate(root: nn.Module, assignments: list[Assignment], loss: Callable[[nn.Module], Tensor] | None) -> None:
+def _calibrate(root: nn.Module, assignments: list[Assignment], loss: Loss | None) -> None:
     """Measure dL/dW for the sites whose method starts from it."""
-    needing = [site for config, site in assignments if type(config).adapter_class.needs_gradient and not site.is_meta]
+    asked = [(type(config).adapter_class, site) for config, site in assignments if not site.is_meta]
+    needing = [(cls.gradient_power, site) for cls, site in asked if cls.needs_gradient]
     if not needing:
         return
     if loss is None:
@@ -234,7 +237,7 @@ def _calibrate(root: nn.Module, assignments: list[Assignment], loss: Callable[[n
             f"{type(assignments[0][0]).__name__} starts from a gradient; pass loss=lambda model: ..., "
             "a function that runs the model on sample data and returns its scalar loss"
         )
-    site_gradients(root, needing, loss)
+    site_gradients(root, [site for _, site in needing], loss, [power for power, _ in needing])
 
 
 def _generator(rng: torch.Generator | None) -> torch.Generator:

@@ -94,6 +94,7 @@ class Adapter(nn.Module):
         kinds: the kinds of site that the method can act on.
         tensors: names of the parameters that it acts on; None means the module's matrix (or all, for selections).
         needs_gradient: whether starting it needs dL/dW (``attach(..., loss=...)``).
+        gradient_power: what ``site.gradient`` sums over the batches then: 1, gradients; 2, their squares.
         identity_at_start: whether the adapted model equals the base before the first step.
     """
 
@@ -101,6 +102,7 @@ class Adapter(nn.Module):
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv", "grouped", "embedding", "bare"})
     tensors: ClassVar[tuple[str, ...] | None] = None
     needs_gradient: ClassVar[bool] = False
+    gradient_power: ClassVar[int] = 1
     identity_at_start: ClassVar[bool] = True
 
     def __init__(self, config: MethodConfig, site: Site):

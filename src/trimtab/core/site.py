@@ -179,7 +179,7 @@ class Site(Operation):
         block: index of the block that it stands in; None outside the blocks.
         device, dtype: the base weight's.
         adapter_dtype: dtype in which the adapter's parameters are stored.
-        gradient: dL/dW, shape ``(out, in)``, only while a method that asks for it is being started.
+        gradient: dL/dW (or its squares) summed over batches, ``(out, in)``, only while a method that asks for it is being started.
         stored: shapes of the tensors saved for this place, by name, only while a load rebuilds its adapter: for sizes
             that the data chose, and not the config.
     """
