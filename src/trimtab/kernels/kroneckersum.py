@@ -70,11 +70,12 @@ class KroneckerSum(Rule):
         stack, start = self._stack(s, U, V), self._stack(-s0, U0, V0)
         asked = needs[0] or needs[1], needs[2]
         total: list[Tensor | None] = [None, None]
+        wide = torch.promote_types(x.dtype, torch.float32)  # sums over runs of tokens
         for run in self._runs(x, s.shape[0]):
             part = None if gx is None else gx[run]
             for i, g in enumerate(self.rule.pull(dy[run], x[run], part, asked, *stack)):
                 if asked[i]:
-                    total[i] = g if total[i] is None else total[i].add_(g)
+                    total[i] = g.to(wide) if total[i] is None else total[i].add_(g)
             if gx is not None:
                 self.rule.pull(dy[run], x[run], part, (False, False), *start)
         gU, gV = self._unstack(*total)

@@ -1,16 +1,17 @@
 """Tensor-ring matrices: ``T[(i_1..i_D), (j_1..j_D)] = trace(A^1[i_1, j_1] ... A^D[i_D, j_D])``, cores ``A^d`` (I_d, J_d, R, R).
 
 The first core's index is the most significant one. With R = 1 it is the Kronecker product of the cores. On activations the
-cores are applied one by one, tokens last: every core then is one batched product with many columns, the open ends of
-the ring stand beside the index that is contracted next, and nothing is permuted in between. Cost a token: ``I_1 R^2``,
-``I_d R^3`` for the cores between, ``I_D R^2``, each times the width. Source: arXiv 2501.08727, Sec. 3 (there little-endian).
+cores are applied one by one, the last first and with tokens last: every core then is one batched product with many columns,
+the open end of the ring stands beside the index that is contracted next, and nothing is permuted in between. Cost a
+token: ``I_1 R^2``, ``I_d R^3`` for the cores between, ``I_D R^2``, each times the width. Source: arXiv 2501.08727, Sec. 3
+(there little-endian).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, reduce
 
 import torch
 from torch import Tensor
@@ -32,32 +33,28 @@ def transposed(cores: Sequence[Tensor]) -> list[Tensor]:
 
 
 def ring_apply(x: Tensor, cores: Sequence[Tensor]) -> Tensor:
-    """``T x`` for ``x`` (..., prod J_d): (..., prod I_d), by differentiable operations. At least two cores."""
-    *lead, width = x.shape
-    tokens = math.prod(lead)
-    first, *inner, last = cores
-    i, j, r, _ = first.shape
-    columns = width // j * tokens
-    # (ring end a, i_1, running end b) x j_1
-    h = first.permute(2, 0, 3, 1).reshape(r * i * r, j) @ x.reshape(tokens, width).t().reshape(j, columns)
-    batch = r * i
-    for core in inner:
-        i, j, r, _ = core.shape
-        columns //= j
-        h = _batched(core.permute(0, 3, 2, 1).reshape(i * r, r * j), h.reshape(batch, r * j, columns))
-        batch *= i
-    i, j, r, _ = last.shape
-    ends = h.reshape(r, batch // r, r * j, tokens)
-    matrices = last.permute(3, 0, 2, 1).reshape(r, i, r * j)
-    y = _batched(matrices[0], ends[0])
-    for a in range(1, r):
-        y = y + _batched(matrices[a], ends[a])
-    return y.reshape(batch // r * i, tokens).t().reshape(*lead, batch // r * i)
+    """``T x`` for ``x`` (..., prod J_d): (..., prod I_d), by differentiable operations; tokens are adjacent in memory."""
+    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    y = reduce(torch.add, (_opened(flat, cores, a) for a in range(cores[0].shape[2]))).t()
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[1])
 
 
-def _batched(matrix: Tensor, h: Tensor) -> Tensor:
-    """``matrix @ h[b]`` for every b; bmm, since matmul would fold the batch into a transposed copy where gradients flow."""
-    return torch.bmm(matrix.expand(h.shape[0], *matrix.shape), h)
+def _opened(x: Tensor, cores: Sequence[Tensor], a: int) -> Tensor:
+    """``T x`` of the ring cut at the index ``a`` between its last and its first core: (prod I_d, tokens)."""
+    tokens, batch = x.shape
+    done, last = 1, len(cores) - 1
+    # the last core reads x as it lies, as the transposed operand of its products: no copy of x
+    h = x.reshape(tokens, batch // cores[last].shape[1], cores[last].shape[1]).permute(1, 2, 0)
+    for d in range(last, -1, -1):
+        core = cores[d][:, :, :, a : a + 1] if d == last else cores[d]
+        core = core[:, :, a : a + 1] if d == 0 else core
+        i, j, left, right = core.shape
+        batch //= j
+        matrix = core.permute(2, 0, 1, 3).reshape(left * i, j * right)
+        # bmm, since matmul would fold the batch into a transposed copy where gradients flow
+        h = torch.bmm(matrix.expand(batch, *matrix.shape), h.reshape(batch, j * right, done * tokens))
+        done *= i
+    return h.reshape(done, tokens)
 
 
 def ring_factors(left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -42,7 +42,7 @@ def turned(parts: Parts, x: Tensor, base: Operation, *params: Tensor) -> Tensor:
     if not fused(x, *params):
         b, prepared = parts.prepare(*(p.to(dtype) for p in params))
         z, u = parts.make(x.reshape(-1, x.shape[-1]).to(dtype), *prepared)
-        y = base(z.view(x.shape).to(x.dtype))
+        y = base(z.reshape(x.shape).to(x.dtype))
         return y if u is None else y + _added(u, b).view(y.shape).to(y.dtype)
     W = base.dense
     if W is None or W.requires_grad or not fused(W):  # quantised, adapted before, sharded, or learning itself
@@ -56,7 +56,7 @@ def _added(u: Tensor, b: Tensor | None) -> Tensor:
     return u if b is None else u @ b.t()
 
 
-_RUN = 1 << 17  # entries of x in one run of tokens
+_RUN = 1 << 18  # entries of x in one run of tokens
 
 
 def _runs(x: Tensor) -> list[slice]:
@@ -68,7 +68,9 @@ def _runs(x: Tensor) -> list[slice]:
 def _made(parts: Parts, x: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``(z, u, b)``, made run by run."""
     b, prepared = parts.prepare(*params)
-    z, u = torch.empty_like(x), None
+    if len(_runs(x)) == 1:
+        return *parts.make(x, *prepared), b
+    z, u = x.new_empty(x.shape[::-1]).t(), None  # tokens adjacent, as the parts come, and as a product with W takes them too
     for run in _runs(x):
         z[run], part = parts.make(x[run], *prepared)
         if part is not None:
@@ -97,7 +99,7 @@ class _Turned(torch.autograd.Function):
         x, W, *params = ctx.saved_tensors
         _, _, needs_x, _, needs_bias, *needs = ctx.needs_input_grad
         dy = dy.reshape(-1, dy.shape[-1])
-        grads = _gradients(ctx, dy @ W.to(ctx.dtype), dy, x, params, (needs_x, *needs))
+        grads = _gradients(ctx, (W.to(ctx.dtype).t() @ dy.t()).t(), dy, x, params, (needs_x, *needs))
         gb = dy.sum(0).to(ctx.bias_dtype) if needs_bias else None
         return None, None, grads[0], None, gb, *grads[1:]
 
@@ -110,7 +112,7 @@ class _Parts(torch.autograd.Function):
         ctx.save_for_backward(x, *params)
         ctx.parts, ctx.dtype = parts, dtype
         z, u, b = _made(parts, x.reshape(-1, x.shape[-1]).to(dtype), [p.to(dtype) for p in params])
-        return z.view(x.shape).to(x.dtype), None if u is None else _added(u, b)
+        return z.reshape(x.shape).to(x.dtype), None if u is None else _added(u, b)
 
     @staticmethod
     @once_differentiable
@@ -129,9 +131,10 @@ def _gradients(
     with torch.enable_grad():
         b, prepared = ctx.parts.prepare(*leaves)
     thin = [t.detach().requires_grad_(t.requires_grad) for t in prepared]
-    gx = dz if needs[0] else None  # a run of it is read before it is overwritten
-    sums = [torch.zeros_like(t) for t in thin]
-    gb = None if b is None else torch.zeros_like(b)
+    gx = torch.empty_like(flat) if needs[0] else None
+    wide = torch.promote_types(ctx.dtype, torch.float32)  # sums over runs of tokens
+    sums = [torch.zeros_like(t, dtype=wide) for t in thin]
+    gb = None if b is None else torch.zeros_like(b, dtype=wide)
     for run in _runs(flat):
         part = flat[run].requires_grad_(needs[0])
         with torch.enable_grad():
@@ -140,7 +143,7 @@ def _gradients(
         if u is not None:
             ends.append((u, dy[run] if b is None else dy[run] @ b.detach()))
         if b is not None and b.requires_grad:
-            gb.addmm_(dy[run].t(), u.detach())
+            gb += dy[run].t() @ u.detach()
         ends = [(out, g) for out, g in ends if out.requires_grad]
         into = [t for t in (part, *thin) if t.requires_grad]
         found = iter(torch.autograd.grad([out for out, _ in ends], into, [g for _, g in ends]) if ends else ())
@@ -151,6 +154,6 @@ def _gradients(
                 total += next(found)
     ends = [(out, g) for out, g in zip((b, *prepared), (gb, *sums), strict=True) if out is not None and out.requires_grad]
     learn = [leaf for leaf in leaves if leaf.requires_grad]
-    found = iter(torch.autograd.grad([out for out, _ in ends], learn, [g for _, g in ends]) if learn else ())
+    found = iter(torch.autograd.grad([out for out, _ in ends], learn, [g.to(ctx.dtype) for _, g in ends]) if learn else ())
     grads = [next(found).to(p.dtype) if need else None for p, need in zip(params, needs[1:], strict=True)]
     return [None if gx is None else gx.view(x.shape).to(x.dtype), *grads]
