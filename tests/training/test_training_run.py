@@ -321,7 +321,7 @@ def test_curve_json_holds_no_timings(tmp_path: Path):
     assert not [key for key in keys if "runtime" in key or "second" in key]
 
 
-@pytest.mark.parametrize("name", ["LoRAGA", "NormTuning", "BitFit", "VeRA", "OFT"])
+@pytest.mark.parametrize("name", ["LoRAGA", "GPS", "SPT", "NormTuning", "BitFit", "VeRA", "OFT"])
 def test_other_methods_train_from_the_same_file(name: str, tmp_path: Path):
     """Those with a start from gradients, with own targets, with shared tensors; LoRAGA's gradient is that of training rows."""
     more = registry.entry(name).tests[:1]

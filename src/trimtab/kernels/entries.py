@@ -83,7 +83,7 @@ def entry_gradients(dy: Tensor, x: Tensor, index: Tensor) -> Tensor:
             found += (x[run].index_select(1, columns).to(wide) * dy[run].index_select(1, rows)).sum(0)
         return found
     if n * _SAMPLED > dy.shape[1] * width or x.dtype not in (torch.float32, torch.float64) or x.device.type != "cpu":
-        return (dy.t() @ x).take(index).to(wide)
+        return (dy.t() @ x)[rows, columns].to(wide)
     return _sampled(dy, x, rows, columns)
 
 
@@ -103,7 +103,9 @@ def _sampled(dy: Tensor, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 def _patched(W: Tensor, index: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
     """A copy of W in ``dtype`` with the entries added; their sum is formed in the wider of W's dtype and the values'."""
     wide = torch.promote_types(W.dtype, values.dtype)
-    return W.to(dtype, copy=True).put_(index, (W.take(index).to(wide) + values).to(dtype))
+    places = index // W.shape[1], index % W.shape[1]
+    # not put_, which deterministic mode refuses
+    return W.to(dtype, copy=True).index_put_(places, (W[places].to(wide) + values).to(dtype))
 
 
 class _Patched(torch.autograd.Function):
