@@ -34,7 +34,8 @@ def transposed(cores: Sequence[Tensor]) -> list[Tensor]:
 
 def ring_apply(x: Tensor, cores: Sequence[Tensor]) -> Tensor:
     """``T x`` for ``x`` (..., prod J_d): (..., prod I_d), by differentiable operations; tokens are adjacent in memory."""
-    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    # by way of one axis: its gradient then is contiguous; torch.compile is wrong on the strides of a layer norm's otherwise
+    flat = x.reshape(-1).view(math.prod(x.shape[:-1]), x.shape[-1])
     y = reduce(torch.add, (_opened(flat, cores, a) for a in range(cores[0].shape[2]))).t()
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[1])
 
