@@ -60,7 +60,7 @@ class TLoRA(MethodConfig):
         tr_init: spread of the ``"ttv"`` cores: ``"code"`` as in the authors' code, ``"mup"`` as in the paper.
     """
 
-    search = {"rank": (1, 2, 4, 8, 16), "residual": ("lora", "ttv"), "init": ("broken_symmetry", "paper")}
+    search = {"rank": (1, 2, 4, 8, 16), "residual": ("lora", "ttv")}
     learning_rate = Span(2e-5, 2e-3, log=True)
 
     rank: int = 4
