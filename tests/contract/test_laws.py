@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import trimtab as tt
 from trimtab.core.contracts import Selection
-from trimtab.core.host import CHILD
+from trimtab.core.host import CHILD, on_tensors
 from trimtab.core.kinds import Through
 
 ALL = cases()
@@ -66,7 +66,7 @@ def test_forward_is_the_base_operation_with_the_weight(case: Case, dtype: torch.
         site = adapter.site
         x = _input(site, dtype)
         fast = adapter.run(x, site)
-        definition = site.apply(x, adapter.weight(site.weight))
+        definition = adapter.derived(x, site)
         close(fast, definition)
         assert fast.dtype == definition.dtype == dtype
         seed = torch.randn(fast.shape, generator=torch.Generator().manual_seed(5)).to(fast.dtype)
@@ -94,10 +94,13 @@ def test_module_output_is_that_of_a_base_with_the_effective_weights(case: Case) 
     case.attach(model)
     plain = case.model(torch.float64)
     group = model.__dict__["_trimtab_state"].groups["default"]
-    for site in {(a.site.path, a.site.tensor): a.site for a in group.adapters}.values():
+    sites = [each.site for adapter in group.adapters for each in on_tensors(adapter)]
+    for site in {(site.path, site.tensor): site for site in sites}.values():
         dense = tt.effective_weight(model, site.path, tensor=site.tensor)
         module = plain.get_submodule(site.path)
         value = site.unmatrix(dense)
+        if module._parameters[site.tensor] is None:  # a bias for a module that had none
+            module._parameters[site.tensor] = nn.Parameter(value.to(torch.float64))
         with torch.no_grad():
             module._parameters[site.tensor].copy_(value.reshape(module._parameters[site.tensor].shape))
     close(model(x), plain(x))

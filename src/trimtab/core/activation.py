@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core.errors import NoMatch, Unsupported, nearest
-from trimtab.core.host import adapted_chain
+from trimtab.core.host import adapted_chain, on_tensors
 from trimtab.core.routing import clear_routes, set_routes
 from trimtab.core.state import adapter_group, host, resolve_names, state_of, trainable_parameters, unwrap
 from trimtab.core.table import Table
@@ -107,7 +107,7 @@ def effective_weight(model: nn.Module, path: str, name: str | Sequence[str] | No
     Args:
         path: dotted path of the module.
         name: the adapter, or several composed in order; None for those that act.
-        tensor: the parameter, if the module's adapters act on several; None for its matrix.
+        tensor: the parameter, if the module's adapters act on several, such as ``"bias"``; None for its matrix.
 
     Raises:
         NoMatch: no such adapter, or none acts at ``path``.
@@ -119,17 +119,18 @@ def effective_weight(model: nn.Module, path: str, name: str | Sequence[str] | No
     if path not in state.hosts:
         raise NoMatch(f"no adapter is attached at {path!r}{nearest(path, state.hosts)}")
     here = host(state.hosts[path])
-    sites = {a.site.tensor for n in state.groups for a in here.adapters(n) if a.site.kind != "module"}
+    acting = {n: [e for a in here.adapters(n) if a.site.kind != "module" for e in on_tensors(a)] for n in state.groups}
+    sites = {each.site.tensor for found in acting.values() for each in found}
     if tensor is None:
         tensor = "weight" if "weight" in sites or len(sites) != 1 else next(iter(sites))
     chains: dict[str, list] = {}
     for each in names:
         if state.groups[each].merged:
             continue  # its update already stands in the base weight
-        for adapter in here.adapters(each):
+        for adapter in acting[each]:
             if adapter.site.tensor == tensor:
                 chains.setdefault(adapter.site.slot, []).append(adapter)
-    some = next((a for n in state.groups for a in here.adapters(n) if a.site.tensor == tensor), None)
+    some = next((each for found in acting.values() for each in found if each.site.tensor == tensor), None)
     if some is None:
         raise NoMatch(f"no adapter acts on the parameter {tensor!r} of {path!r}{nearest(tensor, sites)}")
     with torch.no_grad():

@@ -173,31 +173,40 @@ class Adapter(nn.Module):
 class Reparameterization(Adapter):
     """A new weight from the old: state ``weight``; add ``forward`` where something faster exists.
 
-    Law: ``forward(x, base)`` equals ``base.apply(x, self.weight(base.weight))`` in value and in every gradient.
+    Law: ``forward(x, base)`` equals ``derived(x, base)`` in value and in every gradient.
 
     Class attributes:
         fast: the kinds of site whose ``forward`` the method overrides; elsewhere the derived form runs.
         needs_weight: whether the fast forward reads ``base.weight`` (on a quantised base: dequantises it).
         additive: whether ``weight(W) - W`` does not depend on W.
+        rebias: whether the method has a ``bias`` of its own; for kinds whose module may carry one (linear, conv, norms).
     """
 
     fast: ClassVar[frozenset[str]] = frozenset()
     needs_weight: ClassVar[bool] = True
     additive: ClassVar[bool] = True
+    rebias: ClassVar[bool] = False
 
     def weight(self, W: Tensor) -> Tensor:
         """The adapted matrix, ``(out, in) -> (out, in)``, differentiable in the parameters and in ``W``."""
         raise NotImplementedError
 
+    def bias(self, b: Tensor | None) -> Tensor | None:
+        """The adapted bias, ``(out,) -> (out,)``; ``b`` is None where the base has none. Set ``rebias`` to override it."""
+        return b
+
     def forward(self, x: Tensor, base: Operation) -> Tensor:
         """The adapted operation on ``x``. Default, for every kind: the dense weight."""
-        return base.apply(x, self.weight(base.weight))
+        return self.derived(x, base)
+
+    def derived(self, x: Tensor, base: Operation) -> Tensor:
+        """The operation by its definition: the base's, with the adapted weight and bias, dense."""
+        y = base.apply(x, self.weight(base.weight))
+        return base.rebiased(y, self.bias(base.bias)) if self.rebias else y
 
     def run(self, x: Tensor, base: Operation) -> Tensor:
         """``forward`` where this kind of place has a fast one, else the derived form."""
-        if base.kind in self.fast:
-            return self.forward(x, base)
-        return base.apply(x, self.weight(base.weight))
+        return self.forward(x, base) if base.kind in self.fast else self.derived(x, base)
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """``(B, A)`` with ``weight(W) - W == B @ A`` exactly, shapes (out, r) and (r, in), if the update is low-rank."""

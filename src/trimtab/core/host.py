@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core.contracts import ActivationAdapter, Adapter, TokenAdapter
-from trimtab.core.kinds import PartOperation, Through
+from trimtab.core.kinds import PartOperation, Through, bias_site
 from trimtab.core.site import Operation, Site, dense
 
-__all__ = ["Host", "Slots", "adapted_chain", "adapted_class", "dismount", "escape", "mount", "unescape"]
+__all__ = [
+    "BiasOf", "Host", "Slots", "adapted_chain", "adapted_class", "dismount", "escape", "mount", "on_tensors", "unescape",
+]  # fmt: skip
 
 CHILD = "trimtab"
 _CLASSES: dict[tuple[type, frozenset[str]], type] = {}
@@ -82,7 +84,8 @@ class Host(nn.Module):
                 elif isinstance(adapter, ActivationAdapter):
                     self.outputs.append(adapter)
                 elif site.substitutes:
-                    tensors.setdefault(site.tensor, {}).setdefault(site.slot, []).append(adapter)
+                    for each in on_tensors(adapter):
+                        tensors.setdefault(each.site.tensor, {}).setdefault(each.site.slot, []).append(each)
                 elif site.part is not None:
                     parts.setdefault(site.part, []).append(adapter)
                 else:
@@ -123,12 +126,32 @@ class Host(nn.Module):
 
     def substitute(self, module: nn.Module, tensor: str) -> Tensor:
         """The value that ``module`` reads for its parameter ``tensor``, in the base's layout and dtype."""
-        stored = module._parameters[tensor]
+        stored = module._parameters.get(tensor)
         chains = self.tensors.get(tensor)
         if not chains:
             return stored
         site = chains[0][0].site
-        return site.unmatrix(adapted_chain(site, chains)).reshape(stored.shape).to(stored.dtype)
+        value = site.unmatrix(adapted_chain(site, chains))
+        return value.to(site.dtype) if stored is None else value.reshape(stored.shape).to(stored.dtype)
+
+
+class BiasOf:
+    """An adapter as it acts on its module's bias: ``weight`` is its ``bias``, on the place of the bias."""
+
+    def __init__(self, adapter: Adapter):
+        self.adapter, self.config = adapter, adapter.config
+        self.site = bias_site(adapter.site)
+
+    def weight(self, b: Tensor) -> Tensor:
+        """The adapted bias (out,); ``b`` is zero where the base has none."""
+        none = self.site.parameter() is None
+        new = self.adapter.bias(None if none else b)
+        return b if new is None else new
+
+
+def on_tensors(adapter: Adapter) -> list[Adapter | BiasOf]:
+    """The adapter, and itself once more as it acts on the bias if it does."""
+    return [adapter, BiasOf(adapter)] if getattr(adapter, "rebias", False) and adapter.site.carries_bias else [adapter]
 
 
 def _whole_site(adapter: Adapter) -> Operation:
@@ -145,7 +168,12 @@ def adapted_chain(site: Site, chains: list[list[Adapter]], *, dtype: torch.dtype
     Args:
         dtype: compute in this dtype; None: the base's.
     """
-    value = site.matrix(dense(site.parameter(), site.module))
+    stored = site.parameter()
+    if stored is None:  # the bias of a module that has none
+        out = site.shape if site.rows is None else (site.module.out_features,)
+        value = torch.zeros(out, device=site.device, dtype=site.dtype)
+    else:
+        value = site.matrix(dense(stored, site.module))
     value = value if dtype is None else value.to(dtype)
     for chain in sorted(chains, key=lambda chain: chain[0].site.part is not None):
         here = chain[0].site
@@ -221,7 +249,7 @@ def mount(module: nn.Module, name: str, adapter: Adapter) -> Host:
     base = getattr(type(module), "_trimtab_base", type(module))
     tensors = getattr(type(module), "_trimtab_tensors", frozenset())
     if adapter.site.substitutes:
-        tensors = tensors | {adapter.site.tensor}
+        tensors = tensors | {each.site.tensor for each in on_tensors(adapter)}
     host = module._modules.get(CHILD)
     if host is None:
         host = Host()

@@ -182,6 +182,13 @@ class VectorSite(_Tensor):
     bias = None  # type: ignore[assignment]
 
 
+def bias_site(site: Site) -> VectorSite:
+    """The place of the bias of ``site``'s module (which may have none), the same rows of it."""
+    out = site.shape[0] if site.kind == "vector" else site.shape[-2]
+    same = {name: getattr(site, name) for name in ("module", "path", "part", "rows", "role", "block", "device", "dtype")}
+    return VectorSite(**same, tensor="bias", shape=(out,))
+
+
 class ModuleSite(Site):
     """A whole module, for adapters on activations and tokens; ``shape`` is ``(out, in)`` of its activations."""
 
@@ -206,7 +213,8 @@ class PartOperation(Operation):
 
     @property
     def bias(self) -> Tensor | None:
-        return self.site.bias
+        bias = self.whole.bias
+        return None if bias is None else self.site.rows.take(bias, 0)
 
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
         return linear(x, weight, self.bias)
@@ -234,10 +242,11 @@ class Through(Operation):
 
     @property
     def bias(self) -> Tensor | None:
-        return self.base.bias
+        return self.adapter.bias(self.base.bias)
 
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
-        return self.base.apply(x, weight)
+        y = self.base.apply(x, weight)
+        return self.base.rebiased(y, self.bias) if self.adapter.rebias else y
 
     def project(self, x: Tensor, a: Tensor) -> Tensor:
         return self.base.project(x, a)

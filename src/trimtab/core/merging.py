@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from trimtab.core.contracts import ActivationAdapter, Adapter, TokenAdapter
 from trimtab.core.errors import NotMergeable, TrimtabError, raise_all
-from trimtab.core.host import adapted_chain
+from trimtab.core.host import BiasOf, adapted_chain, on_tensors
 from trimtab.core.site import Site, dense, is_quantised
 from trimtab.core.state import Group, ModelState, adapter_group, parameter_users, state_of, unwrap
 from trimtab.core.table import Table
@@ -29,7 +29,7 @@ class _Target:
     """One base parameter that a merge will write."""
 
     site: Site
-    chains: list[list[Adapter]]
+    chains: list[list[Adapter | BiasOf]]
 
     @property
     def key(self) -> tuple[int, str]:
@@ -133,8 +133,9 @@ def _targets(state: ModelState, group: Group, into: str | None) -> list[_Target]
                 )
             )
             continue
-        target = found.setdefault((id(site.module), site.tensor), _Target(site, []))
-        target.chains.append([adapter])
+        for each in on_tensors(adapter):
+            target = found.setdefault((id(site.module), each.site.tensor), _Target(each.site, []))
+            target.chains.append([each])
     raise_all(problems)
     return list(found.values())
 
@@ -145,7 +146,7 @@ def _ties(root: nn.Module, targets: list[_Target]) -> dict[tuple[int, str], str]
     ties = {}
     for target in targets:
         own = f"{target.site.path}.{target.site.tensor}"
-        others = [name for name in users[id(target.site.parameter())] if name != own]
+        others = [name for name in users.get(id(target.site.parameter()), ()) if name != own]  # a bias may not be there yet
         if others:
             ties[target.key] = others[0]
     return ties
@@ -177,7 +178,10 @@ def _check_target(target: _Target, exact: Tensor, into: str | None, report: Tabl
     if not bool(torch.isfinite(exact).all()):
         raise NotMergeable(f"the merged weight of {site.name} holds NaN or infinite values; nothing was written")
     whole = site.unmatrix(exact)
-    if is_quantised(stored):
+    if stored is None:  # a bias for a module that had none
+        new = nn.Parameter(whole.to(site.dtype), requires_grad=False)
+        read = new.detach()
+    elif is_quantised(stored):
         new, read = _quantised(site, whole, into)
     else:
         new = whole.reshape(stored.shape).to(stored.dtype)
@@ -191,7 +195,7 @@ def _check_target(target: _Target, exact: Tensor, into: str | None, report: Tabl
     report.add(
         site.path if site.tensor == "weight" else f"{site.path}.{site.tensor}",
         "x".join(map(str, exact.shape)),
-        str(stored.dtype).removeprefix("torch."),
+        str(site.dtype if stored is None else stored.dtype).removeprefix("torch."),
         error.abs().max().item(),
         norm / update if update else float(norm > 0),
         output,

@@ -151,6 +151,14 @@ class Operation:
         """The same operation, same bias, with another dense matrix ``weight`` of shape ``(out, in)``."""
         raise NotImplementedError
 
+    def rebiased(self, y: Tensor, bias: Tensor | None) -> Tensor:
+        """An output ``y`` of ``apply`` with the operation's own bias replaced by ``bias`` (out,)."""
+        old = self.bias
+        if bias is None:
+            return y if old is None else self.rebiased(y, torch.zeros_like(old))
+        shift = bias if old is None else bias - old
+        return y + self.emit(shift.to(y.dtype).view(*(1,) * (y.dim() - 1), -1))
+
     def matmul(self, x: Tensor) -> Tensor:
         """``x W^T`` without the bias; linear kinds only: ``(..., in) -> (..., out)``."""
         y = self(x)
@@ -222,6 +230,11 @@ class Site(Operation):
     def in_features(self) -> int:  # type: ignore[override]
         """Columns of the matrix."""
         return self.shape[-1]
+
+    @property
+    def carries_bias(self) -> bool:
+        """Whether the module's forward adds a bias if there is one: it has a place for it, empty or not."""
+        return "bias" in self.module._parameters
 
     @property
     def is_meta(self) -> bool:

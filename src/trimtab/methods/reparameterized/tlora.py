@@ -43,8 +43,8 @@ RELEASED = {320: (4, 8, 10), 640: (8, 8, 10), 768: (8, 8, 12), 1280: (8, 10, 16)
 class TLoRA(MethodConfig):
     """A learned transform of the weight's inputs and a small residual; for diffusion models, with fewer parameters than LoRA.
 
-    Not together with another transform at the same place (they do not commute), and not with weight decay, which pulls T
-    to zero instead of the identity: use ``transform_penalty``.
+    Not with another transform at the same place (they do not commute), and not with weight decay, which pulls T to zero
+    instead of the identity: use ``transform_penalty``.
 
     Args:
         rank: r of the residual.
