@@ -71,6 +71,14 @@ ROWS = (
     Row("BitFit", lambda r: tt.BitFit(), None, "linear"),
     Row("NormTuning", lambda r: tt.NormTuning(), lambda p, r, t: p.LNTuningConfig(target_modules=r".*norm"), "norm"),
     Row("Unfreeze", lambda r: tt.Unfreeze(), None, "linear"),
+    Row("SoKA", lambda r: tt.SoKA(rank=2), None),
+    Row("TLoRA", lambda r: tt.TLoRA(rank=4, order=3), None),
+    Row("Consolidator", lambda r: tt.Consolidator(groups=256), None),
+    Row("GPS", lambda r: tt.GPS(entries=1), None),
+    Row("SPT", lambda r: tt.SPT(budget=0.005), None),
+    Row("IA3", lambda r: tt.IA3(), lambda p, r, t: p.IA3Config(
+        target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]), "attn.k | attn.v | mlp.down"),
+    Row("SSF", lambda r: tt.SSF(), None, "linear"),
 )  # fmt: skip
 
 
