@@ -122,14 +122,16 @@ class LiveBytes(TorchDispatchMode):
         self.level = self.peak = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        before = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        leaves = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.layout == torch.strided)
+        before = {leaf.untyped_storage()._cdata for leaf in leaves}
         result = func(*args, **(kwargs or {}))
         for identity, (reference, size) in list(self.live.items()):
             if reference.expired():
                 del self.live[identity]
                 self.level -= size
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and _plain(leaf):
+            # a sparse tensor has no storage of its own: its parts were made by operations that this saw
+            if isinstance(leaf, Tensor) and leaf.layout == torch.strided and _plain(leaf):
                 storage = leaf.untyped_storage()
                 if storage._cdata not in before and storage._cdata not in self.live:
                     self.live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())

@@ -1,0 +1,197 @@
+"""SNELLA's bi-level competition: places compete for a shrinking budget of entries, entries compete inside their place.
+
+After every step, for every factor: ``I = |theta grad|``, ``I_bar <- b1 I_bar + (1 - b1) I``, ``U_bar <- b2 U_bar + (1 - b2) |I -
+I_bar|``; a place's score is the sum over its factors of ``mean(I_bar U_bar)``. At step i of T, between warm-up w_i and final phase w_f,
+``n(i) = floor(n1 + (n0 - n1) (1 - (i - w_i) / (T - w_f - w_i))^3)`` entries may differ from zero; they are given out in proportion to
+the scores, no place more than it has. Inside a place its threshold does the rest, at every forward.
+Source: arXiv 2510.24037 and its code; the score is AdaLoRA's (arXiv 2303.10512, Eqs. 8-10).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from trimtab.core.errors import NoMatch
+from trimtab.methods.reparameterized.snella import SNELLAAdapter
+from trimtab.schedules.contract import Schedule
+
+__all__ = ["BilevelCompetition", "cubic_budget", "fill"]
+
+
+def cubic_budget(step: int, steps: int, warmup: int, final: int, first: int, last: int) -> int:
+    """The budget at ``step``: ``first`` through the warm-up, ``last`` in the final phase, a cubic between."""
+    if step <= warmup:
+        return first
+    if step > steps - final:
+        return last
+    left = 1 - (step - warmup) / (steps - final - warmup)
+    return math.floor(last + (first - last) * left**3)
+
+
+def fill(scores: Sequence[float], capacities: Sequence[int], budget: int) -> list[int]:
+    """Whole numbers that add up to ``min(budget, sum(capacities))``, in proportion to ``scores``, none above its capacity.
+
+    Water filling, and units that rounding leaves over go where ``(given + 1) / score`` is least; no share shrinks as the budget
+    grows. Places of score zero share equally what is left when the others are full.
+
+    Raises:
+        ValueError: a negative or non-finite score, a negative capacity or budget.
+    """
+    if any(not math.isfinite(q) or q < 0 for q in scores) or any(c < 0 for c in capacities) or budget < 0:
+        raise ValueError("scores must be finite and at least 0, capacities and the budget at least 0")
+    given = [0] * len(scores)
+    for zero in (False, True):
+        group = [i for i, q in enumerate(scores) if (q == 0) is zero]
+        shares = [1.0 if zero else scores[i] for i in group]
+        taken = _proportional(shares, [capacities[i] for i in group], budget - sum(given))
+        for i, k in zip(group, taken, strict=True):
+            given[i] = k
+    return given
+
+
+def _proportional(shares: Sequence[float], capacities: Sequence[int], budget: int) -> list[int]:
+    """``fill`` for scores above zero."""
+    budget = min(budget, sum(capacities))
+    level, left, weight = 0.0, float(budget), math.fsum(shares)
+    for i in sorted(range(len(shares)), key=lambda i: capacities[i] / shares[i]):
+        level = left / weight if weight > 0 else level
+        if level * shares[i] < capacities[i]:
+            break
+        left, weight = left - capacities[i], weight - shares[i]
+    given = [min(c, math.floor(level * q)) for c, q in zip(capacities, shares, strict=True)]
+    while sum(given) > budget:  # a floor that rounding of ``level`` lifted
+        most = max((i for i in range(len(given)) if given[i]), key=lambda i: given[i] / shares[i])
+        given[most] -= 1
+    while sum(given) < budget:
+        open_ = (i for i in range(len(given)) if given[i] < capacities[i])
+        given[min(open_, key=lambda i: (given[i] + 1) / shares[i])] += 1
+    return given
+
+
+class BilevelCompetition(Schedule):
+    """The schedule of SNELLA: from its nearly dense start to ``target``, place by place.
+
+    Args:
+        target: the share of entries that are zero at the end, over all places together.
+        warmup: steps before the budget shrinks.
+        final: last steps, with the budget at its target.
+        interval: give the budget out every so many steps, and at the last.
+        betas: decays of the two moving averages.
+        metric: ``"sensitivity"``: ``|theta grad|``; ``"magnitude"``: ``|theta|``.
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+
+    def __init__(self, target: float = 0.9, *, warmup: int = 0, final: int = 0, interval: int = 1,
+                 betas: tuple[float, float] = (0.85, 0.85), metric: str = "sensitivity"):  # fmt: skip
+        if not 0 <= target < 1:
+            raise ValueError(f"the target sparsity must be at least 0 and below 1, found {target!r}")
+        if warmup < 0 or final < 0 or interval < 1:
+            raise ValueError(f"warmup and final must be at least 0, interval at least 1; found {warmup}, {final}, {interval}")
+        if not all(0 < b < 1 for b in betas):
+            raise ValueError(f"the betas must lie between 0 and 1, found {betas!r}")
+        if metric not in ("sensitivity", "magnitude"):
+            raise ValueError(f"metric must be 'sensitivity' or 'magnitude', found {metric!r}")
+        self.target, self.warmup, self.final, self.interval = target, warmup, final, interval
+        self.betas, self.metric = betas, metric
+
+    def start(self, model: nn.Module, *, steps: int) -> None:
+        """Find the places that compete.
+
+        Raises:
+            NoMatch: the model has no SNELLA adapter that competes.
+            ValueError: the phases do not fit in ``steps``, or the target is below the sparsity at the start.
+        """
+        super().start(model, steps=steps)
+        self.places = {name: m for name, m in model.named_modules() if isinstance(m, SNELLAAdapter) and not m.config.dense}
+        if not self.places:
+            raise NoMatch("BilevelCompetition needs SNELLA adapters; tt.attach(model, tt.SNELLA()) first")
+        if steps <= self.warmup + self.final:
+            raise ValueError(f"{steps} steps leave none between warmup={self.warmup} and final={self.final}")
+        capacity = sum(place.capacity for place in self.places.values())
+        self.first = sum(round((1 - place.config.sparsity) * place.capacity) for place in self.places.values())
+        self.last = round((1 - self.target) * capacity)
+        if self.last > self.first:
+            raise ValueError(
+                f"the target sparsity {self.target} is below the {1 - self.first / capacity:.4g} at the start: the budget would grow"
+            )
+        self.average = {name: [torch.zeros_like(f) for f in (p.a, p.b)] for name, p in self.places.items()}
+        self.spread = {name: [torch.zeros_like(f) for f in (p.a, p.b)] for name, p in self.places.items()}
+        self.seen = 0
+
+    @torch.no_grad()
+    def step_end(self) -> None:
+        """Take the step's gradients into the scores, and give the budget out where it is due.
+
+        Raises:
+            RuntimeError: the budget is due, and no step had finite gradients.
+        """
+        super().step_end()
+        self._observe()
+        if self.step > self.warmup and (self.step % self.interval == 0 or self.step == self.steps):
+            self.allocate(cubic_budget(self.step, self.steps, self.warmup, self.final, self.first, self.last))
+
+    def _observe(self) -> None:
+        factors = [f for place in self.places.values() for f in (place.a, place.b)]
+        if self.metric == "magnitude":
+            new = [f.detach().abs() for f in factors]
+        else:
+            if any(f.grad is None for f in factors):
+                return
+            new = [(f * f.grad).abs() for f in factors]
+            if not bool(torch.stack([n.sum() for n in new]).isfinite().all()):
+                return  # a step that a gradient scaler skips: an infinite score would never go away
+        average = [t for name in self.places for t in self.average[name]]
+        spread = [t for name in self.places for t in self.spread[name]]
+        torch._foreach_lerp_(average, new, 1 - self.betas[0])
+        gap = torch._foreach_sub(new, average)
+        torch._foreach_abs_(gap)
+        torch._foreach_lerp_(spread, gap, 1 - self.betas[1])
+        self.seen += 1
+
+    def scores(self) -> list[float]:
+        """The scores of the places, in the model's order."""
+        pairs = [zip(self.average[name], self.spread[name], strict=True) for name in self.places]
+        return torch.stack([sum((i * u).double().mean() for i, u in pair) for pair in pairs]).tolist()
+
+    def allocate(self, budget: int) -> list[int]:
+        """Give ``budget`` entries out by the scores so far; returns what each place got."""
+        if not self.seen:
+            raise RuntimeError(
+                "the budget is due and no place has had a finite gradient yet; call step_end() after backward and before the "
+                "gradients are cleared, or set warmup"
+            )
+        given = fill(self.scores(), [place.capacity for place in self.places.values()], budget)
+        for place, k in zip(self.places.values(), given, strict=True):
+            place.kept.fill_(k)
+        return given
+
+    def state_dict(self) -> dict[str, Any]:
+        copies = lambda found: {name: [t.clone() for t in pair] for name, pair in found.items()}  # noqa: E731
+        kept = {name: int(place.kept) for name, place in self.places.items()}
+        return super().state_dict() | {
+            "average": copies(self.average), "spread": copies(self.spread), "seen": self.seen, "kept": kept,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a stored state.
+
+        Raises:
+            ValueError: it is of other places.
+        """
+        if set(state["average"]) != set(self.places):
+            raise ValueError(f"the stored schedule is of other places: {sorted(set(state['average']) ^ set(self.places))[:5]}")
+        super().load_state_dict(state)
+        self.seen = state["seen"]
+        for name, place in self.places.items():
+            for own, stored in ((self.average, state["average"]), (self.spread, state["spread"])):
+                for mine, theirs in zip(own[name], stored[name], strict=True):
+                    mine.copy_(theirs)
+            place.kept.fill_(state["kept"][name])
+
