@@ -1,4 +1,4 @@
-"""Same parameters in, same output and gradients out as peft's LoHa, LoKr, OFT, BOFT, FourierFT and MiSS.
+"""Same parameters in, same output and gradients out as peft's LoHa, LoKr, OFT, BOFT, FourierFT, MiSS and Bat.
 
 Known differences, each shown below: peft's Neumann branch of OFT approximates the transpose of its exact branch, so its
 parameter enters with the other sign; COFT writes the projection into the parameter, so values agree and gradients only
@@ -144,3 +144,8 @@ def test_fourierft(n):
 )
 def test_miss(ours, options):
     compare(ours, peft.MissConfig(target_modules=["fc"], **options), {"d": "miss_block"})
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4])
+def test_bat(rank):
+    compare(tt.Bat(rank=rank), peft.MissConfig(r=rank, init_weights="bat", target_modules=["fc"]), {"b": "miss_block"})

@@ -4,11 +4,11 @@ Columns, or any grid of blocks: ``W'_JI = W_JI + W_JI B + B`` is rebuilt as a we
 of ``rebuilt``), ``in out r`` multiplications whatever the number of tokens: fewer than on activations from ``r`` tokens on. One
 batched product on views of W, with the blocks of rows leading, makes it.
 
-Rows: ``u_I = B_I x_I``, ``y = W (x + u) + [s; ...; s] + bias``, ``s = sum_I u_I``: ``in r`` a token, W is not changed (``Turn``, the
-parts of ``turned``).
+Rows: ``u_I = B_I x_I``, ``y = W (x + u) + [s; ...; s] + bias``, ``s = sum_I u_I``: ``in r`` a token, W is not changed (``Turn``,
+the parts of ``turned``).
 
-Left: ``y_J = z_J + B_J^T (z_J + S)``, ``z = W x``, ``S`` the block sum of x: ``out r`` a token, W is not read (``lifted``). Kept for
-backward: ``z + S``, (tokens, out), and not ``x``.
+Left: ``y_J = z_J + B_J^T (z_J + S)``, ``z = W x``, ``S`` the block sum of x: ``out r`` a token, W is not read (``lifted``). Kept
+for backward: ``z + S``, (tokens, out), and not ``x``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ __all__ = ["BlockAffine", "Turn", "block_affine", "lifted", "reweighted"]
 def block_affine(W: Tensor, b: Tensor) -> Tensor:
     """``dW_JI = W_JI b[J mod p, I mod q] + b[J mod p, I mod q]``: W (..., out, in), b (p, q, r, r) -> (..., out, in)."""
     p, q, r, _ = b.shape
-    tiles = W.unflatten(-1, (-1, q, r)).unflatten(-4, (-1, p, r))
+    tiles = W.to(torch.promote_types(W.dtype, b.dtype)).unflatten(-1, (-1, q, r)).unflatten(-4, (-1, p, r))
+    b = b.to(tiles.dtype)
     dW = torch.einsum("...ajkbil,jilm->...ajkbim", tiles, b) + b.permute(0, 2, 1, 3)[:, :, None]
     return dW.flatten(-3).flatten(-4, -2)
 

@@ -3,17 +3,17 @@
 With tiles ``W_JI`` (r, r) of block row J and block column I: ``W'_JI = W_JI + W_JI B + B``. Blocks B start at zero, so training
 starts at the base; no scale. Which tiles share a block is the form:
 
-======  =====================  =========  =====================================================================
-form    block of tile J, I     trainable  forward on a linear place; what is saved for backward
-======  =====================  =========  =====================================================================
-col     ``B_J``                ``r out``  the weight is rebuilt, forward and backward; ``x``
-row     ``B_I``                ``r in``   ``u_I = B_I x_I``, ``y = W (x + u) + [sum u; ...]``; ``x``
-free    ``B[J mod p, I mod q]``  ``p q r^2``  as col
-left    ``B_J^T`` from the left  ``r out``  ``z = W x``, ``y_J = z_J + B_J^T (z_J + S)``; ``z + S``
-======  =====================  =========  =====================================================================
+======  =======================  ===========  =============================================  ===========
+form    block of tile J, I       trainable    forward on a linear place                      keeps
+======  =======================  ===========  =============================================  ===========
+col     ``B_J``                  ``r out``    W' is rebuilt, in forward and in backward      ``x``
+row     ``B_I``                  ``r in``     ``W (x + u) + [s; ...]``, ``u_I = B_I x_I``      ``x``
+free    ``B[J mod p, I mod q]``  ``p q r^2``  as col                                         ``x``
+left    ``B_J^T`` from the left  ``r out``    ``z = W x``, ``z_J + B_J^T (z_J + S)``         ``z + S``
+======  =======================  ===========  =============================================  ===========
 
-S is the sum of x over its blocks. ``left`` mixes outputs (``W'_JI = W_JI + B_J^T W_JI + B_J^T``), the others inputs: same shapes, not
-the same function. Source: arXiv 2409.15371, v1-v3 (there called Bone; v4 renames it Bat) and the drawings of its
+S is the sum of x over its blocks. ``left`` mixes outputs (``W'_JI = W_JI + B_J^T W_JI + B_J^T``), the others inputs: equal
+shapes, another function. Source: arXiv 2409.15371, v1-v3 (there called Bone; v4 renames it Bat) and the drawings of its
 repository; ``left`` is its Triton kernel. ``col`` is peft's ``init_weights="bat"``. The update has full rank in general.
 """
 
@@ -65,7 +65,8 @@ class Bat(MethodConfig):
         if isinstance(self.grid, list):  # as a manifest stores it
             object.__setattr__(self, "grid", tuple(self.grid))
         self.require(
-            isinstance(self.grid, tuple) and len(self.grid) == 2
+            isinstance(self.grid, tuple)
+            and len(self.grid) == 2
             and all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in self.grid),
             f'the form "free" needs grid=(p, q), two integers of at least 1, found {self.grid!r}',
         )
@@ -78,7 +79,8 @@ class Bat(MethodConfig):
 
 
 @method(
-    Bat, paper="arXiv:2409.15371 v1-v3 (block affine)",
+    Bat,
+    paper="arXiv:2409.15371 v1-v3 (block affine)",
     tests=({"rank": 4}, {"rank": 2, "form": "row"}, {"rank": 4, "form": "left"}, {"rank": 2, "form": "free", "grid": (2, 2)}),
 )
 class BatAdapter(Reparameterization):
@@ -119,7 +121,8 @@ class BatAdapter(Reparameterization):
         r = self.config.rank
         ones = tile(torch.eye(r, dtype=self.b.dtype, device=self.b.device), W.shape[-1])
         rows = W.unflatten(-2, (-1, r))
-        return (rows + self.b.transpose(-1, -2) @ (rows + ones)).flatten(-3, -2)
+        summed = rows + ones  # in the wider dtype of the two
+        return (rows + self.b.to(summed.dtype).transpose(-1, -2) @ summed).flatten(-3, -2)
 
     def forward(self, x: Tensor, base: Operation) -> Tensor:
         if self.config.form == "left":
