@@ -4,8 +4,8 @@ Columns, or any grid of blocks: ``W'_JI = W_JI + W_JI B + B`` is rebuilt as a we
 of ``rebuilt``), ``in out r`` multiplications whatever the number of tokens: fewer than on activations from ``r`` tokens on. One
 batched product on views of W, with the blocks of rows leading, makes it.
 
-Rows: ``u_I = B_I x_I``, ``y = W (x + u) + [s; ...; s] + bias``, ``s = sum_I u_I``: ``in r`` a token, W is not changed (``Turn``,
-the parts of ``turned``).
+Rows: ``u_I = B_I x_I``, ``y = W (x + u) + [s; ...; s] + bias``, ``s = sum_I u_I``: ``in r`` a token, W is not read
+(``mixed``).
 
 Left: ``y_J = z_J + B_J^T (z_J + S)``, ``z = W x``, ``S`` the block sum of x: ``out r`` a token, W is not read (``lifted``). Kept
 for backward: ``z + S``, (tokens, out), and not ``x``.
@@ -23,13 +23,11 @@ from torch.autograd.function import once_differentiable
 
 from trimtab.core.kinds import PartOperation
 from trimtab.core.site import Operation, Site
-from trimtab.kernels.blocksum import block_sum
 from trimtab.kernels.gain import Unbiased
-from trimtab.kernels.mode import fused
+from trimtab.kernels.mode import compute_dtype, fused
 from trimtab.kernels.rebuilt import Pull, Recipe, rebuilt
-from trimtab.kernels.turned import Parts
 
-__all__ = ["BlockAffine", "Turn", "block_affine", "lifted", "reweighted"]
+__all__ = ["BlockAffine", "block_affine", "lifted", "mixed", "reweighted"]
 
 
 def block_affine(W: Tensor, b: Tensor) -> Tensor:
@@ -106,29 +104,51 @@ def reweighted(x: Tensor, base: Operation, b: Tensor) -> Tensor | None:
     return None if W.requires_grad or not fused(W) else rebuilt(BlockAffine(source), x, base, b)
 
 
-@dataclass(frozen=True)
-class Turn(Parts):
-    """The row form: ``z = x + u``, and the sum of ``u`` over the blocks for every block of outputs.
+def mixed(x: Tensor, base: Operation, b: Tensor) -> Tensor:
+    """The row form at any linear place: ``base(x + u)`` and ``sum_I u_I`` on every block of outputs; b (in / r, r, r)."""
+    r, dtype = b.shape[-1], compute_dtype(x)
+    if fused(x, b):
+        z, sums = _Mixed.apply(dtype, x, b)
+    else:
+        u = torch.einsum("...qr,qsr->...qs", x.to(dtype).unflatten(-1, (-1, r)), b.to(dtype))
+        z, sums = x.to(dtype) + u.flatten(-2), u.sum(-2)
+    y = base(z.to(x.dtype))
+    return (y.unflatten(-1, (-1, r)) + sums[..., None, :].to(y.dtype)).flatten(-2)
 
-    Attributes:
-        out: number of outputs.
-    """
 
-    out: int
+class _Mixed(torch.autograd.Function):
+    """``x + u`` (..., in) and ``sum_I u_I`` (..., r), ``u_I = b_I x_I``; keeps ``x``, in its own dtype and storage."""
 
-    def prepare(self, b: Tensor) -> tuple[None, tuple[Tensor]]:
-        return None, (b.transpose(-1, -2),)
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, x: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        q, r, _ = b.shape
+        ctx.save_for_backward(x, b)
+        blocks = x.to(dtype).reshape(-1, q, r).transpose(0, 1)  # (blocks, tokens, r)
+        u = torch.bmm(blocks, b.to(dtype).transpose(1, 2))
+        return (blocks + u).transpose(0, 1).reshape(x.shape), u.sum(0).view(*x.shape[:-1], r)
 
-    def make(self, x: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        r = b.shape[-1]
-        u = torch.matmul(x.unflatten(-1, (-1, r)).transpose(0, 1), b)  # (blocks, tokens, r)
-        return x + u.transpose(0, 1).flatten(1), u.sum(0).repeat(1, self.out // r)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dz: Tensor, dsums: Tensor) -> tuple[Tensor | None, ...]:
+        x, b = ctx.saved_tensors
+        q, r, _ = b.shape
+        _, needs_x, needs_b = ctx.needs_input_grad
+        rows = dz.reshape(-1, q, r)
+        du = (rows + dsums.reshape(-1, 1, r)).transpose(0, 1)
+        gx = gb = None
+        if needs_b:
+            gb = torch.bmm(du.transpose(1, 2), x.to(dz.dtype).reshape(-1, q, r).transpose(0, 1)).to(b.dtype)
+        if needs_x:
+            gx = rows.clone()
+            gx.transpose(0, 1).baddbmm_(du, b.to(dz.dtype))
+            gx = gx.view(x.shape).to(x.dtype)
+        return None, gx, gb
 
 
 def lifted(x: Tensor, base: Operation, b: Tensor) -> Tensor:
     """The left form at any linear place: ``y_J = z_J + b_J^T (z_J + S) + bias_J``; b (out / r, r, r)."""
     z = Unbiased(base)(x)
-    sums = block_sum(x, b.shape[-1]).to(z.dtype)
+    sums = x.unflatten(-1, (-1, b.shape[-1])).sum(-2).to(z.dtype)
     if fused(x, z, b):
         y = _Lifted.apply(z, sums, b)
     else:

@@ -28,10 +28,9 @@ from trimtab.core.contracts import MethodConfig, Reparameterization, Span
 from trimtab.core.errors import ShapeMismatch
 from trimtab.core.registry import method
 from trimtab.core.site import Operation, Site
-from trimtab.kernels.blockaffine import Turn, block_affine, lifted, reweighted
+from trimtab.kernels.blockaffine import block_affine, lifted, mixed, reweighted
 from trimtab.kernels.blocksum import tile
 from trimtab.kernels.divisors import nearest_divisors
-from trimtab.kernels.turned import turned
 
 __all__ = ["Bat", "BatAdapter"]
 
@@ -128,6 +127,6 @@ class BatAdapter(Reparameterization):
         if self.config.form == "left":
             return lifted(x, base, self.b)
         if self.config.form == "row":
-            return turned(Turn(base.out_features), x, base, self.b)
+            return mixed(x, base, self.b)
         y = reweighted(x, base, self._blocks())
         return self.derived(x, base) if y is None else y
