@@ -24,7 +24,7 @@ from trimtab.kernels.mode import compute_dtype, fused
 
 __all__ = ["Competition", "gain", "kernel_delta", "kernelized", "quantile"]
 
-_TILE = 1 << 19  # entries of a tile: about ten temporaries of this size is all that is ever held
+_TILE = 1 << 17  # entries of a tile: a dozen temporaries of this size is all that is held; larger ones are no faster
 _SAMPLE = 256  # rows and columns of the sub-grid that brackets a quantile
 
 
@@ -70,7 +70,9 @@ def _centre(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 
 def _distances(a: Tensor, b: Tensor) -> Tensor:
     """(P, rows of a, rows of b); the gradient of a distance of zero is zero."""
-    squares = torch.baddbmm(b.square().sum(-1).unsqueeze(1), a, b.mT, alpha=-2) + a.square().sum(-1).unsqueeze(2)
+    squares = torch.baddbmm(b.square().sum(-1).unsqueeze(1), a, b.mT, alpha=-2).add_(a.square().sum(-1).unsqueeze(2))
+    if not squares.requires_grad:
+        return squares.clamp_min_(0).sqrt_()
     apart = squares > 0
     return torch.where(apart, squares, 1).sqrt() * apart
 
@@ -90,7 +92,9 @@ def _tiles(A: Tensor, B: Tensor, c: Tensor, mix: Sequence[Tensor]) -> Iterator[t
     for start in range(0, a.shape[1], size):
         here = slice(start, min(start + size, a.shape[1]))
         pieces = _distances(a[:, here], b)
-        D = (c.view(-1, 1, 1) * pieces).sum(0)
+        D = c[0] * pieces[0]
+        for p in range(1, len(pieces)):
+            D = D + c[p] * pieces[p]
         yield here, pieces, D, _mixed(D, mix)
 
 
@@ -202,10 +206,12 @@ class _Kernelized(torch.autograd.Function):
                 gD, *scalars = _pull_mixed(gK, D, mix)
                 for total, part in zip(gmix, scalars, strict=True):
                     total += part
-            gc += (gD * pieces).sum((1, 2))
-            Q = torch.where(pieces > 0, c.view(-1, 1, 1) * gD / pieces, 0)
-            gA[:, here] = Q.sum(2, keepdim=True) * a[:, here] - Q @ b
-            gB += Q.sum(1).unsqueeze(2) * b - Q.mT @ a[:, here]
+            for p, distance in enumerate(pieces):
+                if needs[2]:
+                    gc[p] += (gD * distance).sum()
+                Q = (gD * c[p]).div_(distance).masked_fill_(distance == 0, 0)
+                gA[p, here] = Q.sum(1, keepdim=True) * a[p, here] - Q @ b[p]
+                gB[p] += Q.sum(0).unsqueeze(1) * b[p] - Q.t() @ a[p, here]
         gb = dy.sum(0).to(ctx.bias_dtype) if needs_bias else None
         grads = [g if need else None for g, need in zip((gA, gB, gc, *gmix), needs, strict=True)]
         return None, None, None if gx is None else gx.view(x.shape).to(x.dtype), None, gb, None, *grads

@@ -1,9 +1,10 @@
 """SNELLA's bi-level competition: places compete for a shrinking budget of entries, entries compete inside their place.
 
-After every step, for every factor: ``I = |theta grad|``, ``I_bar <- b1 I_bar + (1 - b1) I``, ``U_bar <- b2 U_bar + (1 - b2) |I -
-I_bar|``; a place's score is the sum over its factors of ``mean(I_bar U_bar)``. At step i of T, between warm-up w_i and final phase w_f,
-``n(i) = floor(n1 + (n0 - n1) (1 - (i - w_i) / (T - w_f - w_i))^3)`` entries may differ from zero; they are given out in proportion to
-the scores, no place more than it has. Inside a place its threshold does the rest, at every forward.
+After every step, for every factor: ``I = |theta grad|``, ``I_bar <- b1 I_bar + (1 - b1) I`` and then
+``U_bar <- b2 U_bar + (1 - b2) |I - I_bar|``; a place's score is the sum over its factors of ``mean(I_bar U_bar)``. At step i of T,
+between warm-up w_i and final phase w_f, ``n(i) = floor(n1 + (n0 - n1) (1 - (i - w_i) / (T - w_f - w_i))^3)`` entries may differ
+from zero; they are given out in proportion to the scores, no place more than it has. Inside a place its threshold does the rest, at
+every forward.
 Source: arXiv 2510.24037 and its code; the score is AdaLoRA's (arXiv 2303.10512, Eqs. 8-10).
 """
 
@@ -119,7 +120,7 @@ class BilevelCompetition(Schedule):
         self.last = round((1 - self.target) * capacity)
         if self.last > self.first:
             raise ValueError(
-                f"the target sparsity {self.target} is below the {1 - self.first / capacity:.4g} at the start: the budget would grow"
+                f"the target sparsity {self.target} is below the start's, {1 - self.first / capacity:.4g}: the budget would grow"
             )
         self.average = {name: [torch.zeros_like(f) for f in (p.a, p.b)] for name, p in self.places.items()}
         self.spread = {name: [torch.zeros_like(f) for f in (p.a, p.b)] for name, p in self.places.items()}
