@@ -79,6 +79,7 @@ CASES = {
     "MiSS": ("llama", lambda: peft.MissConfig(r=8, target_modules=LLAMA), "MiSS"),
     "MiSS-ragged": ("llama", lambda: peft.MissConfig(r=7, target_modules=LLAMA), "MiSS"),
     "MiSS-mini": ("llama", lambda: peft.MissConfig(r=8, mini_r=4, init_weights="mini", target_modules=LLAMA), "MiSS"),
+    "Bat": ("llama", lambda: peft.MissConfig(r=8, init_weights="bat", target_modules=LLAMA), "Bat"),
     "AdaLoRA": ("llama", lambda: peft.AdaLoraConfig(init_r=6, lora_alpha=5, total_step=10, target_modules=LLAMA), "AdaLoRA"),
     "AdaLoRA-gpt2": ("gpt2", lambda: peft.AdaLoraConfig(init_r=6, total_step=10, target_modules=GPT2), "AdaLoRA"),
     "AdaLoRA-conv": ("conv", lambda: peft.AdaLoraConfig(init_r=4, total_step=10, target_modules=["stem", "head"]), "AdaLoRA"),
@@ -297,14 +298,24 @@ def test_boft_with_several_factors(tmp_path, monkeypatch) -> None:
     assert_same(outputs(model, "llama"), outputs(peft.PeftModel.from_pretrained(base("llama"), tmp_path / "b"), "llama"))
 
 
-def test_bone_of_older_versions(tmp_path) -> None:
-    theirs = saved_by_peft(peft.MissConfig(r=8, target_modules=LLAMA), "llama", tmp_path / "a")
+@pytest.mark.parametrize(("start", "method"), [(True, "Bone"), ("bat", "Bat")])
+def test_bone_of_older_versions(start, method, tmp_path) -> None:
+    theirs = saved_by_peft(peft.MissConfig(r=8, init_weights=start, target_modules=LLAMA), "llama", tmp_path / "a")
     rewrite(tmp_path / "a", lambda t: {k.replace("miss_block", "bone_block"): v for k, v in t.items()})
     edit(tmp_path / "a", peft_type="BONE", miss_dropout=None, mini_r=None)
     model = base("llama")
     tt.load(model, tmp_path / "a")
-    assert methods_on(model) == {"Bone"}
+    assert methods_on(model) == {method}
     assert_same(outputs(model, "llama"), outputs(theirs, "llama"))
+
+
+@pytest.mark.parametrize("form", ["row", "left"])
+def test_forms_of_bat_that_peft_lacks_are_not_written(form, tmp_path) -> None:
+    model = base("llama")
+    tt.attach(model, tt.Bat(rank=8, form=form), targets="attn.q")
+    shake(model)
+    with pytest.raises(tt.Unsupported, match="Bat"):
+        tt.save(model, tmp_path, format="peft")
 
 
 def test_a_saved_classifier(tmp_path) -> None:

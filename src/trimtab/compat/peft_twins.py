@@ -226,25 +226,27 @@ def _pack_projections(adapters: list[Any]) -> Tensors | None:
     return {"base_model.vera_A": A, "base_model.vera_B": B}
 
 
-# -- MiSS and Bone
+# -- MiSS, Bone and Bat
 
 
 def _read_miss(f: Fields, stored: Tensors) -> MethodConfig:
-    if f["init_weights"] == "bat":
-        raise Unsupported('init_weights="bat" multiplies the weight by its block (Bat), which is not read yet')
+    if f["init_weights"] == "bat":  # peft gives it no dropout, whatever miss_dropout says
+        return get("Bat")(rank=f["r"])
     mini = f["mini_r"] if f["init_weights"] == "mini" else None
     return get("MiSS")(rank=f["r"], dropout=f["miss_dropout"], mini=mini)
 
 
-def _write_miss(config: Any) -> Fields:
+def _write_miss(config: Any) -> Fields | None:
+    if type(config).__name__ == "Bat":
+        if config.form != "col":
+            return None
+        return {"r": config.rank, "miss_dropout": 0.0, "init_weights": "bat", "mini_r": 1}
     mini = getattr(config, "mini", None)
     return {"r": config.rank, "miss_dropout": config.dropout, "init_weights": "mini" if mini else True, "mini_r": mini or 1}
 
 
 def _read_bone(f: Fields, stored: Tensors) -> MethodConfig:
-    if f["init_weights"] == "bat":
-        raise Unsupported('init_weights="bat" multiplies the weight by its block (Bat), which is not read yet')
-    return get("Bone")(rank=f["r"])
+    return get("Bat" if f["init_weights"] == "bat" else "Bone")(rank=f["r"])
 
 
 _CONVS = {"Conv1d", "Conv1d*", "Conv2d", "Conv2d*"}
@@ -361,8 +363,8 @@ TWINS: dict[str, Twin] = {
         ),
         Twin(
             peft_type="MISS",
-            methods=("MiSS", "Bone"),
-            tensors=(Stored("d", "miss_block"),),
+            methods=("MiSS", "Bone", "Bat"),
+            tensors=(Stored("d", "miss_block"), Stored("b", "miss_block")),
             layers=frozenset({"Linear"}),
             fields={"r": ..., "miss_dropout": 0.0, "mini_r": 1, "init_weights": ...},
             read=_read_miss,
@@ -371,7 +373,7 @@ TWINS: dict[str, Twin] = {
         Twin(
             peft_type="BONE",  # peft's name for MiSS until 0.17; read only
             methods=(),
-            tensors=(Stored("d", "bone_block"),),
+            tensors=(Stored("d", "bone_block"), Stored("b", "bone_block")),
             layers=frozenset({"Linear"}),
             fields={"r": ..., "init_weights": ...},
             read=_read_bone,
