@@ -318,6 +318,15 @@ def test_forms_of_bat_that_peft_lacks_are_not_written(form, tmp_path) -> None:
         tt.save(model, tmp_path, format="peft")
 
 
+def test_miss_shared_by_outputs_is_written_as_an_exact_lora(tmp_path) -> None:
+    model = base("llama")
+    tt.attach(model, tt.MiSS(rank=5, shared="outputs"), targets="attn.q")
+    shake(model)
+    tt.save(model, tmp_path, format="peft")
+    assert config_of(tmp_path)["peft_type"] == "LORA"
+    assert_same(outputs(peft.PeftModel.from_pretrained(base("llama"), tmp_path).eval(), "llama"), outputs(model, "llama"))
+
+
 def test_a_saved_classifier(tmp_path) -> None:
     """``modules_to_save`` become copies that learn beside the base, and come back as such."""
     theirs = saved_by_peft(lora(BERT, task_type="SEQ_CLS"), "bert", tmp_path / "a")

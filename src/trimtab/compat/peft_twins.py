@@ -241,6 +241,8 @@ def _write_miss(config: Any) -> Fields | None:
         if config.form != "col":
             return None
         return {"r": config.rank, "miss_dropout": 0.0, "init_weights": "bat", "mini_r": 1}
+    if getattr(config, "shared", "inputs") == "outputs":
+        return None
     mini = getattr(config, "mini", None)
     return {"r": config.rank, "miss_dropout": config.dropout, "init_weights": "mini" if mini else True, "mini_r": mini or 1}
 
