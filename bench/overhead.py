@@ -68,6 +68,11 @@ ROWS = (
     Row("FourierFT", lambda r: tt.FourierFT(), lambda p, r, t: p.FourierFTConfig(n_frequency=1000, target_modules=t)),
     Row("MiSS", lambda r: tt.MiSS(rank=64), lambda p, r, t: p.MissConfig(r=64, target_modules=t)),
     Row("Bone", lambda r: tt.Bone(rank=64), lambda p, r, t: p.MissConfig(r=64, target_modules=t)),
+    Row("Bat", lambda r: tt.Bat(rank=64), lambda p, r, t: p.MissConfig(r=64, init_weights="bat", target_modules=t)),
+    Row("Bat row", lambda r: tt.Bat(rank=64, form="row"), None),
+    Row("Bat left", lambda r: tt.Bat(rank=64, form="left"), None),
+    Row("MiSS outputs", lambda r: tt.MiSS(rank=64, shared="outputs"), None),
+    Row("WaRA", lambda r: tt.WaRA(rank=r), lambda p, r, t: p.WaveFTConfig(target_modules=t)),  # its nearest relative
     Row("BitFit", lambda r: tt.BitFit(), None, "linear"),
     Row("NormTuning", lambda r: tt.NormTuning(), lambda p, r, t: p.LNTuningConfig(target_modules=r".*norm"), "norm"),
     Row("Unfreeze", lambda r: tt.Unfreeze(), None, "linear"),

@@ -62,7 +62,7 @@ ROWS: dict[str, Prepare] = {
     "LoRA, rank 8": attached(tt.LoRA(rank=8)),
     "SNELL, rank 8, s = 0.9": attached(tt.SNELL(rank=8, sparsity=0.9)),
     "SNELL, rank 32, s = 0.9": attached(tt.SNELL(rank=32, sparsity=0.9)),
-    "SNELLA, rank 32, s = 0.9": attached(tt.SNELLA(rank=32, sparsity=0.9)),
+    "SNELLA, rank 32, its budget": attached(tt.SNELLA(rank=32)),
 }
 
 
