@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trimtab.kernels.wavelet import WAVELETS, fold, low_projector
+from trimtab.core.account import saved_bytes
+from trimtab.kernels.wavelet import WAVELETS, _plain, fold, low_projector
 
 D = torch.float64
 MOMENTS = {"haar": 1, "db2": 2, "db3": 3, "db4": 4, "sym4": 4, "bior2.2": 2}
@@ -14,8 +15,8 @@ MOMENTS = {"haar": 1, "db2": 2, "db3": 3, "db4": 4, "sym4": 4, "bior2.2": 2}
 def matrices(name: str, n: int) -> tuple[torch.Tensor, ...]:
     """``L, H`` (n/2, n) and ``R_L, R_H`` (n, n/2)."""
     wavelet, eye = WAVELETS[name], torch.eye(n // 2, dtype=D)
-    low, high = (fold(eye, taps) for taps in wavelet.analysis)
-    return low, high, *(fold(eye, taps).t() for taps in wavelet.synthesis)
+    low, high = fold(eye, wavelet.analysis).chunk(2)
+    return low, high, *(half.t() for half in fold(eye, wavelet.synthesis).chunk(2))
 
 
 @pytest.mark.parametrize("n", [8, 14, 32])
@@ -39,12 +40,25 @@ def test_high_pass_filters_ignore_polynomials(name):
     assert abs(sum(WAVELETS[name].low) - 2**0.5) < 1e-14
 
 
-def test_fold_is_batched_and_periodic():
-    t = torch.randn(2, 3, 8, dtype=D)
-    whole = fold(t, WAVELETS["db4"].low)
-    assert whole.shape == (2, 3, 16)
-    torch.testing.assert_close(whole[1, 2], fold(t[1, 2], WAVELETS["db4"].low))
-    torch.testing.assert_close(fold(t.roll(1, -1), WAVELETS["db4"].low), whole.roll(2, -1))
+@pytest.mark.parametrize("bands", [1, 2])
+@pytest.mark.parametrize("name", WAVELETS)
+def test_the_fused_fold_is_the_plain_one_and_keeps_nothing(name, bands):
+    filters = WAVELETS[name].analysis[:bands]
+    t = torch.randn(3, 8, dtype=D, requires_grad=True)
+    with saved_bytes(beside=(t,)) as saved:
+        whole = fold(t, filters)
+    assert saved.total == 0
+    plain = torch.cat([_plain(t, taps) for taps in filters])
+    torch.testing.assert_close(whole, plain, atol=1e-14, rtol=0)
+    seed = torch.randn(whole.shape, dtype=D)
+    got, want = (torch.autograd.grad(y, t, seed)[0] for y in (whole, plain))
+    torch.testing.assert_close(got, want, atol=1e-14, rtol=0)
+    torch.testing.assert_close(torch.vmap(lambda t: fold(t, filters))(t[None])[0], plain, atol=1e-14, rtol=0)
+
+
+def test_fold_is_periodic():
+    t, filters = torch.randn(3, 8, dtype=D), WAVELETS["db4"].analysis
+    torch.testing.assert_close(fold(t.roll(1, -1), filters), fold(t, filters).roll(2, -1))
 
 
 @pytest.mark.parametrize("name", WAVELETS)

@@ -1,8 +1,8 @@
 """One level of a periodised wavelet transform, laid into thin factors: what costs nothing beside a pass over activations.
 
 For an axis of even length n the analysis is two matrices ``L, H`` (n/2, n), the synthesis ``R_L, R_H`` (n, n/2), with
-``R_L L + R_H H = I``. Boundary: periodic, the only one that halves exactly. ``fold`` takes ``T`` (..., r, n/2) to ``T L`` or
-``T H`` (analysis), ``T R_L^T`` or ``T R_H^T`` (synthesis) by rolls and strided sums. Taps and alignment are those of PyWavelets'
+``R_L L + R_H H = I``. Boundary: periodic, the only one that halves exactly. ``fold`` takes ``T`` (r, n/2) to ``[T L; T H]``
+(analysis) or ``[T R_L^T; T R_H^T]`` (synthesis), or to one of the two. Taps and alignment are those of PyWavelets'
 ``"periodization"``, sym4's solved anew from its equations, since the table there is exact to 12 digits only; a filter of F taps
 puts tap i of coefficient k at position ``2 k + i + 1 - F / 2``.
 """
@@ -10,11 +10,18 @@ puts tap i of coefficient k at position ``2 k + i + 1 - F / 2``.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from trimtab.kernels.mode import fused
 
 __all__ = ["WAVELETS", "Wavelet", "fold", "low_projector"]
+
+Filters = tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -79,20 +86,69 @@ WAVELETS = {
 }  # fmt: skip
 
 
-def fold(t: Tensor, taps: tuple[float, ...]) -> Tensor:
-    """``(..., n/2) -> (..., n)``: ``out[2 k + i + 1 - F/2] += taps[i] t[k]``, indices of ``out`` modulo n."""
-    start = 1 - len(taps) // 2
+def fold(t: Tensor, filters: Filters) -> Tensor:
+    """``(r, n/2) -> (len(filters) r, n)``, filter after filter: ``out[2 k + i + 1 - F/2] += taps[i] t[k]``, modulo n."""
+    if fused(t):
+        return _Fold.apply(t, filters)
+    return torch.cat([_plain(t, taps) for taps in filters])
+
+
+def _plain(t: Tensor, taps: tuple[float, ...]) -> Tensor:
+    """One filter by rolls: what compiles and maps over rows."""
     halves: list[Tensor | None] = [None, None]
     for i, tap in enumerate(taps):
         if tap == 0:
             continue
-        shift, parity = divmod(start + i, 2)
+        shift, parity = divmod(1 - len(taps) // 2 + i, 2)
         part, total = t.roll(shift, -1) if shift else t, halves[parity]
         halves[parity] = part * tap if total is None else torch.add(total, part, alpha=tap)
     return torch.stack(halves, -1).flatten(-2)  # type: ignore[arg-type]
 
 
+@lru_cache(maxsize=64)
+def _table(filters: Filters, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(filters, s, 2): from the s neighbours of a coefficient, it in the middle, to an even and an odd sample."""
+    start, reach = 1 - len(filters[0]) // 2, len(filters[0]) // 4
+    table = torch.zeros(len(filters), 2 * reach + 1, 2, dtype=torch.float64)
+    for band, taps in enumerate(filters):
+        for i, tap in enumerate(taps):
+            shift, parity = divmod(start + i, 2)
+            table[band, reach - shift, parity] = tap
+    return table.to(device, dtype)
+
+
+class _Fold(torch.autograd.Function):
+    """A thin product a filter; a third of the time that the rolls and their graph take. Keeps nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, filters: Filters) -> Tensor:
+        ctx.filters, (r, half) = filters, t.shape
+        table = _table(filters, t.dtype, t.device)
+        reach = table.shape[1] // 2
+        near = torch.cat([t[:, half - reach :], t, t[:, :reach]], 1).unfold(1, 2 * reach + 1, 1) if reach else t
+        near = near.reshape(r * half, -1)
+        samples = t.new_empty(len(filters), r * half, 2)
+        for out, part in zip(samples, table, strict=True):
+            torch.mm(near, part, out=out)
+        return samples.view(-1, 2 * half)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, G: Tensor) -> tuple[Tensor, None]:
+        table = _table(ctx.filters, G.dtype, G.device)
+        reach, half = table.shape[1] // 2, G.shape[1] // 2
+        first, *others = zip(table, G.reshape(len(table), -1, 2), strict=True)
+        near = first[0] @ first[1].t()
+        for part, samples in others:
+            near.addmm_(part, samples.t())
+        near = near.view(2 * reach + 1, -1, half)
+        total = near[reach]
+        for i in range(reach):
+            total = total + near[i].roll(i - reach, -1) + near[-1 - i].roll(reach - i, -1)
+        return total, None
+
+
 def low_projector(wavelet: Wavelet, n: int) -> Tensor:
     """``R_L L`` (n, n): keeps the low band of a short axis. Float64, on the CPU."""
     eye = torch.eye(n // 2, dtype=torch.float64)
-    return fold(eye, wavelet.synthesis[0]).t() @ fold(eye, wavelet.analysis[0])
+    return fold(eye, wavelet.synthesis[:1]).t() @ fold(eye, wavelet.analysis[:1])

@@ -121,13 +121,18 @@ class WaRAAdapter(Reparameterization):
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """``B'`` (out, k r) and ``A'`` (k r, in) for k pairs of bands, without the scale; in float32 or wider."""
-        (out, fan_in), pairs = self.site.shape[-2:], self.config.pairs
-        wavelet = WAVELETS[self.config.wavelet]
+        out, fan_in = self.site.shape[-2:]
+        wavelet, pairs = WAVELETS[self.config.wavelet], self.config.pairs
         wide = torch.promote_types(self.a.dtype, torch.float32)
-        a, b = (t.to(wide).expand(len(pairs), -1, -1) for t in (self.a, self.b))
-        A = torch.cat([fold(a[i], wavelet.analysis[into]) for i, (_, into) in enumerate(pairs)])
-        B = torch.cat([fold(b[i].t(), wavelet.synthesis[outof]) for i, (outof, _) in enumerate(pairs)])
-        return B[:, :out].t(), A[:, :fan_in]
+        a, b = self.a.to(wide), self.b.to(wide).transpose(-1, -2)
+        if self.config.bands == "shared":
+            A, B = fold(a, wavelet.analysis), fold(b, wavelet.synthesis)
+        else:
+            A = torch.cat([fold(a[i], (wavelet.analysis[into],)) for i, (_, into) in enumerate(pairs)])
+            B = torch.cat([fold(b[i], (wavelet.synthesis[outof],)) for i, (outof, _) in enumerate(pairs)])
+        if self.config.pad:
+            A, B = A[:, :fan_in], B[:, :out]
+        return B.t(), A
 
     def weight(self, W: Tensor) -> Tensor:
         b, a = self.factors()
