@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trimtab.core.account import saved_bytes
-from trimtab.kernels.wavelet import WAVELETS, _plain, fold, low_projector
+from trimtab.kernels.wavelet import WAVELETS, _plain, fold, grid_transform
 
 D = torch.float64
 MOMENTS = {"haar": 1, "db2": 2, "db3": 3, "db4": 4, "sym4": 4, "bior2.2": 2}
@@ -62,10 +62,10 @@ def test_fold_is_periodic():
 
 
 @pytest.mark.parametrize("name", WAVELETS)
-def test_the_low_projector_is_idempotent_of_half_rank(name):
-    P = low_projector(WAVELETS[name], 14)
-    torch.testing.assert_close(P @ P, P, atol=1e-14, rtol=0)
-    assert torch.linalg.matrix_rank(P) == 7
+def test_dense_transforms_of_a_grid_axis_invert_each_other(name):
+    forth, back = grid_transform(WAVELETS[name], 14)
+    torch.testing.assert_close(back @ forth, torch.eye(14, dtype=D), atol=1e-14, rtol=0)
+    torch.testing.assert_close(forth, torch.cat(matrices(name, 14)[:2]), atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("n", [8, 14])

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from trimtab.kernels.mode import fused
 
-__all__ = ["WAVELETS", "Wavelet", "fold", "low_projector"]
+__all__ = ["WAVELETS", "Wavelet", "fold", "grid_transform"]
 
 Filters = tuple[tuple[float, ...], ...]
 
@@ -148,7 +148,7 @@ class _Fold(torch.autograd.Function):
         return total, None
 
 
-def low_projector(wavelet: Wavelet, n: int) -> Tensor:
-    """``R_L L`` (n, n): keeps the low band of a short axis. Float64, on the CPU."""
+def grid_transform(wavelet: Wavelet, n: int) -> tuple[Tensor, Tensor]:
+    """Analysis ``[L; H]`` and synthesis ``[R_L, R_H]`` of a short axis, dense (n, n): for grids, not for channels. Float64, CPU."""
     eye = torch.eye(n // 2, dtype=torch.float64)
-    return fold(eye, wavelet.synthesis[:1]).t() @ fold(eye, wavelet.analysis[:1])
+    return fold(eye, wavelet.analysis), fold(eye, wavelet.synthesis).t()
