@@ -48,7 +48,7 @@ class Bat(MethodConfig):
         grid: ``(p, q)`` of the form ``free``; they must divide ``out / rank`` and ``in / rank``.
     """
 
-    search = {"rank": (4, 8, 16, 32, 64), "form": ("col", "row", "left")}
+    search = {"rank": (4, 8, 16, 32, 64), "form": ("col", "left", "row")}
     learning_rate = Span(2e-5, 5e-3, log=True)
 
     rank: int = 64

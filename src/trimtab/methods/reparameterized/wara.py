@@ -50,7 +50,7 @@ class WaRA(MethodConfig):
         dropout: probability of zeroing an entry of the update's input while training.
     """
 
-    search = {"rank": (4, 8, 16, 32), "wavelet": ("haar", "db2", "db4"), "bands": ("shared", "independent")}
+    search = {"rank": (4, 8, 16, 32), "wavelet": ("db2", "db4", "haar"), "bands": ("independent", "shared")}
 
     rank: int = 8
     alpha: float | None = None
