@@ -72,7 +72,10 @@ ROWS = (
     Row("Bat row", lambda r: tt.Bat(rank=64, form="row"), None),
     Row("Bat left", lambda r: tt.Bat(rank=64, form="left"), None),
     Row("MiSS outputs", lambda r: tt.MiSS(rank=64, shared="outputs"), None),
-    Row("WaRA", lambda r: tt.WaRA(rank=r), lambda p, r, t: p.WaveFTConfig(target_modules=t)),  # its nearest relative
+    Row("WaRA", lambda r: tt.WaRA(rank=r // 2),  # beside its nearest relative, with as many parameters on a square layer
+        lambda p, r, t: p.WaveFTConfig(target_modules=t, n_frequency=r // 2 * 1024)),
+    Row("WaRASpatial", lambda r: tt.WaRASpatial(rank=r, grid=(32, 32), prefix=0), None),
+    Row("TinyWaRA", lambda r: tt.TinyWaRA(rank=r, grid=(32, 32), prefix=0), None),
     Row("BitFit", lambda r: tt.BitFit(), None, "linear"),
     Row("NormTuning", lambda r: tt.NormTuning(), lambda p, r, t: p.LNTuningConfig(target_modules=r".*norm"), "norm"),
     Row("Unfreeze", lambda r: tt.Unfreeze(), None, "linear"),

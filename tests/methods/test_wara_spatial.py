@@ -172,3 +172,12 @@ def test_other_modules_are_refused():
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(12, 2, 16, batch_first=True), 1, enable_nested_tensor=False)
     with pytest.raises(Unsupported, match="acts on Linear layers.*LayerNorm"):
         tt.attach(model, WaRASpatial(rank=2), targets="layers.0.norm1")
+
+
+def test_a_part_of_a_fused_layer_is_refused():
+    """``attn.q`` of a fused qkv has no activations of its own: the whole layer would learn, silently."""
+    from transformers import GPT2Config, GPT2Model
+
+    model = GPT2Model(GPT2Config(n_embd=12, n_head=2, n_layer=1, vocab_size=10, n_positions=8))
+    with pytest.raises(tt.Unsupported, match="rows of the fused layer"):
+        tt.attach(model, tt.WaRASpatial(rank=2, grid=(2, 2), prefix=0), targets="attn.q")

@@ -314,6 +314,11 @@ def _shape(site: Site, module: nn.Module, stored: Tensor) -> tuple[int, ...]:
 def module_site(place: Place, width: int | None) -> Site:
     """The site of a whole module; its activations' sizes from its matrix, else from the model's width."""
     module = place.module
+    if place.part is not None:
+        raise Unsupported(
+            f"{place.role} is rows of the fused layer {place.path}, and this method acts on a whole layer's activations; target the "
+            f"layer itself, {place.path!r}"
+        )
     first = next(module.parameters(), None)
     out, fan_in = getattr(module, "out_features", width), getattr(module, "in_features", width)
     if out is None or fan_in is None:

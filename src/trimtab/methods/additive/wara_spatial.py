@@ -48,7 +48,7 @@ class WaRASpatial(MethodConfig):
         prefix: number of tokens in front of the grid.
     """
 
-    search = {"rank": (4, 8, 16, 32), "wavelet": ("haar", "db2", "db4"), "act": ("none", "gelu")}
+    search = {"rank": (4, 8, 16, 32), "wavelet": ("db2", "db4", "haar"), "act": ("gelu", "none")}
 
     rank: int = 8
     alpha: float | None = None
@@ -94,7 +94,7 @@ class TinyWaRA(WaRASpatial):
         prefix: number of tokens in front of the grid.
     """
 
-    search = {"rank": (4, 8, 16, 32, 64), "wavelet": ("haar", "db2", "db4"), "act": ("none", "gelu")}
+    search = {"rank": (4, 8, 16, 32, 64), "wavelet": ("db2", "db4", "haar"), "act": ("gelu", "none")}
     learning_rate = Span(3e-4, 3e-2, log=True)
 
 
