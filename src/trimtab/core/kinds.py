@@ -316,8 +316,8 @@ def module_site(place: Place, width: int | None) -> Site:
     module = place.module
     if place.part is not None:
         raise Unsupported(
-            f"{place.role} is rows of the fused layer {place.path}, and this method acts on a whole layer's activations; target the "
-            f"layer itself, {place.path!r}"
+            f"{place.role} is rows of the fused layer {place.path}, and this method acts on a whole layer's activations; "
+            f"target the layer itself, {place.path!r}"
         )
     first = next(module.parameters(), None)
     out, fan_in = getattr(module, "out_features", width), getattr(module, "in_features", width)
