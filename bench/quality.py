@@ -1,7 +1,8 @@
 """Accuracy of every registered method on two small real tasks, with an equal tuning budget.
 
 ``python bench/quality.py`` (text: WordNet supersenses) and ``python bench/quality.py --task fashion`` (images: garments that
-the base has not seen). For each method, at the defaults of its config:
+the base has not seen). For each method, at the defaults of its config (but for what the model's shape
+demands, which the task lists), with the schedule that belongs to it:
 
 1. one run for each of ``--rates`` learning rates, seed 0, at the logarithmic centres of equal parts of the range that the
    method's config states; the best on the validation split is taken, and nothing else is looked at;
@@ -35,11 +36,13 @@ from quality_tasks import TASKS, TaskData
 from trimtab.core import registry
 from trimtab.core.errors import TrimtabError
 from trimtab.core.table import Table
+from trimtab.schedules import BilevelCompetition, Schedule
 
 RESULTS = Path(__file__).parent / "results"
 HEAD_RATE, WARMUP = 1e-3, 0.06
 GRADIENT_BATCHES = 16  # whose gradients start LoRAGA, GPS and SPT
 FULL, PROBE = "full fine-tuning", "linear probe"
+SCHEDULES: dict[str, Callable[[], Schedule]] = {"SNELLA": BilevelCompetition}  # what belongs to a method and runs beside it
 BASELINES = {FULL: tt.Span(1e-5, 1e-3, log=True), PROBE: tt.Span(1e-3, 1e-1, log=True)}
 
 
@@ -58,7 +61,7 @@ def learners(name: str, model: nn.Module, data: TaskData, seed: int) -> list[nn.
     if name == PROBE:
         head.requires_grad_(True)
         return []
-    config = tt.get(name)()
+    config = tt.get(name)(**data.settings.get(name, {}))
     loss: Callable[[nn.Module], Iterator[Tensor]] | None = None
     if config.adapter_class.needs_gradient:
         loss = lambda m: (data.loss(m, batch) for batch in islice(data.batches("train", seed=seed), GRADIENT_BATCHES))  # noqa: E731
@@ -83,6 +86,8 @@ def run(name: str, data: TaskData, rate: float, seed: int) -> dict[str, Any]:
         optimizer, lambda step: min((step + 1) / warmup, (total - step) / max(1, total - warmup))
     )
     torch.manual_seed(seed)
+    beside = SCHEDULES[name]() if name in SCHEDULES else Schedule()
+    beside.start(model, steps=total)
     start, losses = time.perf_counter(), []
     for epoch in range(data.epochs):
         for batch in data.batches("train", seed=seed, epoch=epoch):
@@ -93,8 +98,11 @@ def run(name: str, data: TaskData, rate: float, seed: int) -> dict[str, Any]:
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(own + head, 1.0)
+            beside.backward_end()
             optimizer.step()
+            beside.step_end()
             schedule.step()
+    beside.finish()
     result = {"rate": rate, "seed": seed, "trainable": sum(p.numel() for p in own), "seconds": time.perf_counter() - start}
     result["loss"] = statistics.fmean(losses[-20:])
     return result | {split: data.accuracy(model, split) for split in ("validation", "test")}
@@ -216,7 +224,10 @@ def main() -> None:
 
         chosen = [name.strip() for name in args.methods.split(",") if name.strip()] or [PROBE, "LoRA", FULL, *registry.names()]
         for name in dict.fromkeys(chosen):
-            measure(name, data, args, stored["methods"].setdefault(name, {"search": [], "final": []}), save)
+            entry = stored["methods"].setdefault(name, {"search": [], "final": []})
+            if name in data.settings:
+                entry["settings"] = {key: repr(value) for key, value in data.settings[name].items()}
+            measure(name, data, args, entry, save)
     show(stored["methods"], args.task)
 
 

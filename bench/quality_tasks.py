@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -46,6 +46,7 @@ class TaskData:
         name: of the task.
         epochs, batch_size: of every run.
         head: path of the head in the model.
+        settings: of a method's config, where its defaults do not fit the model's widths.
     """
 
     name: str
@@ -53,6 +54,7 @@ class TaskData:
     batch_size: int
     head: str
     splits: dict[str, Any] = field(default_factory=dict)
+    settings: ClassVar[dict[str, dict[str, Any]]] = {}
 
     def model(self, seed: int) -> nn.Module:
         """A fresh model on the pretrained weights; the head's start depends on ``seed``."""
@@ -91,6 +93,7 @@ class Supersense(TaskData):
     """examples/supersense.yaml's model and data, with its pooling and without its dropout; half of its training rows, once."""
 
     train_rows = 4000
+    settings: ClassVar = {"TLoRA": {"order": 3}}
 
     def __init__(self, epochs: int = 1, batch_size: int = 32, train_rows: int | None = None):
         super().__init__("supersense", epochs, batch_size, head="classifier")
@@ -143,6 +146,7 @@ class Fashion(TaskData):
 
     held_out, tuned = (1, 5, 7, 8, 9), (0, 2, 3, 4, 6)
     train_images, validation_images = 1000, 1000
+    settings: ClassVar = {"TLoRA": {"order": 3}, "Consolidator": {"groups": 128}}
 
     def __init__(self, epochs: int = 10, batch_size: int = 32, train_rows: int | None = None):
         super().__init__("fashion", epochs, batch_size, head="classifier")

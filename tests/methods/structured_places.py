@@ -85,11 +85,11 @@ def gradients(y: Tensor, inputs: list[Tensor]) -> list[Tensor]:
 
 
 def assert_law(adapter: Reparameterization, base: Operation, *, tokens: tuple[int, ...] = (3, 5), atol: float = 1e-10) -> None:
-    """``forward(x)`` is the base operation with ``weight(W)``, in value and in every gradient."""
+    """``forward(x)`` is the base operation with ``weight(W)`` (and ``bias(b)``), in value and in every gradient."""
     torch.manual_seed(3)
     x = torch.randn(*tokens, base.in_features, dtype=base.weight.dtype, requires_grad=True)
     inputs = [x, *adapter.parameters()]
-    fast, definition = adapter(x, base), base.apply(x, adapter.weight(base.weight))
+    fast, definition = adapter(x, base), adapter.derived(x, base)
     assert fast.dtype == definition.dtype
     torch.testing.assert_close(fast, definition, atol=atol, rtol=atol)
     for got, want in zip(gradients(fast, inputs), gradients(definition, inputs), strict=True):

@@ -21,11 +21,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from trimtab.core.kinds import PartOperation
 from trimtab.core.site import Operation, Site
 from trimtab.kernels.gain import Unbiased
 from trimtab.kernels.mode import compute_dtype, fused
-from trimtab.kernels.rebuilt import Pull, Recipe, rebuilt
+from trimtab.kernels.rebuilt import Pull, Recipe, readable, rebuilt
 
 __all__ = ["BlockAffine", "block_affine", "lifted", "mixed", "reweighted"]
 
@@ -97,11 +96,8 @@ def reweighted(x: Tensor, base: Operation, b: Tensor) -> Tensor | None:
         return None
     if base.dense is not None:
         return None if base.dense.requires_grad or not fused(base.dense) else rebuilt(BlockAffine(), x, base, b)
-    source, whole = (base.site, base.whole) if isinstance(base, PartOperation) else (base, base)
-    if not isinstance(whole, Site):
-        return None
-    W = source.weight
-    return None if W.requires_grad or not fused(W) else rebuilt(BlockAffine(source), x, base, b)
+    source = readable(base)
+    return None if source is None else rebuilt(BlockAffine(source), x, base, b)
 
 
 def mixed(x: Tensor, base: Operation, b: Tensor) -> Tensor:

@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from trimtab.core.site import Operation
+from trimtab.core.kinds import PartOperation
+from trimtab.core.site import Operation, Site
 from trimtab.kernels.mode import compute_dtype, fused
 
-__all__ = ["Pull", "Recipe", "rebuilt"]
+__all__ = ["Pull", "Recipe", "readable", "rebuilt"]
 
 
 Pull = Callable[[Tensor], Sequence[Tensor | None]]
@@ -38,6 +39,18 @@ class Recipe:
         ``needs`` are read.
         """
         raise NotImplementedError
+
+
+def readable(base: Operation) -> Site | None:
+    """Where a frozen W may be read in forward and again in backward if ``base`` has no dense one to keep; None if nowhere.
+
+    That is a quantised place or rows of a fused matrix; not one that other adapters changed, or whose W learns.
+    """
+    source, whole = (base.site, base.whole) if isinstance(base, PartOperation) else (base, base)
+    if not isinstance(whole, Site):
+        return None
+    W = source.weight
+    return None if W.requires_grad or not fused(W) else source
 
 
 def rebuilt(recipe: Recipe, x: Tensor, base: Operation, *params: Tensor) -> Tensor:
