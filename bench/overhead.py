@@ -73,6 +73,8 @@ ROWS = (
     Row("Bat row", lambda r: tt.Bat(rank=64, form="row"), None),
     Row("Bat left", lambda r: tt.Bat(rank=64, form="left"), None),
     Row("MiSS outputs", lambda r: tt.MiSS(rank=64, shared="outputs"), None),
+    Row("HUT", lambda r: tt.HUT(rank=8), None),
+    Row("HUT rank 1", lambda r: tt.HUT(rank=1), None),
     Row("WaRA", lambda r: tt.WaRA(rank=r // 2),  # beside its nearest relative, with as many parameters on a square layer
         lambda p, r, t: p.WaveFTConfig(target_modules=t, n_frequency=r // 2 * 1024), same=False),
     Row("WaRASpatial", lambda r: tt.WaRASpatial(rank=r, grid=(32, 32), prefix=0), None),
