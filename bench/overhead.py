@@ -87,6 +87,7 @@ ROWS = (
     Row("Consolidator", lambda r: tt.Consolidator(groups=256), None),
     Row("GPS", lambda r: tt.GPS(entries=1), None),
     Row("SPT", lambda r: tt.SPT(budget=0.005), None),
+    Row("S2FT", lambda r: tt.S2FT(ratio=r / 256, pool="layer"), None, "attn.o | mlp.down"),
     Row("IA3", lambda r: tt.IA3(), lambda p, r, t: p.IA3Config(
         target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]), "attn.k | attn.v | mlp.down"),
     Row("SSF", lambda r: tt.SSF(), None, "linear"),
@@ -155,10 +156,10 @@ def peak(step: Step) -> int:
 def ours(args: argparse.Namespace, row: Row) -> nn.Module:
     model = build(args)
     loss = None
-    if type(row.ours(args.rank)).adapter_class.needs_gradient:
+    if (config := row.ours(args.rank)).adapter_class.wants(config):
         x = torch.randn(1, 8, args.width, dtype=getattr(torch, args.dtype))
         loss = lambda m: m(inputs_embeds=x, use_cache=False).last_hidden_state.pow(2).sum()  # noqa: E731
-    tt.attach(model, row.ours(args.rank), targets=row.targets, loss=loss, check_gradients=False)
+    tt.attach(model, config, targets=row.targets, loss=loss, check_gradients=False)
     return model
 
 

@@ -63,7 +63,7 @@ def learners(name: str, model: nn.Module, data: TaskData, seed: int) -> list[nn.
         return []
     config = tt.get(name)(**data.settings.get(name, {}))
     loss: Callable[[nn.Module], Iterator[Tensor]] | None = None
-    if config.adapter_class.needs_gradient:
+    if config.adapter_class.wants(config):
         loss = lambda m: (data.loss(m, batch) for batch in islice(data.batches("train", seed=seed), GRADIENT_BATCHES))  # noqa: E731
     rng = torch.Generator().manual_seed(seed)
     tt.attach(model, config, name="method", rng=rng, loss=loss)

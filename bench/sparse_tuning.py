@@ -49,7 +49,7 @@ def attached(config: tt.MethodConfig) -> Prepare:
     def prepare(model: nn.Module) -> None:
         size = model.config.image_size
         x = torch.randn(2, 3, size, size)
-        loss = (lambda m: m(x).last_hidden_state.square().mean()) if type(config).adapter_class.needs_gradient else None
+        loss = (lambda m: m(x).last_hidden_state.square().mean()) if config.adapter_class.wants(config) else None
         tt.attach(model, config, loss=loss)
 
     return prepare

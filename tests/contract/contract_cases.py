@@ -203,7 +203,7 @@ class Case:
     def attach(self, model: nn.Module, *, name: str = "default", seed: int = 2, moved: bool = True, **more: object) -> None:
         """Attach; ``moved`` takes the parameters a random step away from their start."""
         more.setdefault("targets", list(self.targets) if self.targets else None)
-        if self.adapter.needs_gradient:
+        if self.adapter.wants(self.config):
             x = self.inputs(next(model.parameters()).dtype)
             more["loss"] = lambda m: m(x).float().pow(2).sum()
         tt.attach(model, self.config, name=name, rng=torch.Generator().manual_seed(seed), **more)

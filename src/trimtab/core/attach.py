@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from trimtab.core import anatomy as anatomy_module
 from trimtab.core.bank import build_adapter
-from trimtab.core.calibrate import site_gradients
+from trimtab.core.calibrate import site_activations, site_gradients
 from trimtab.core.contracts import Adapter, MethodConfig, Selection
 from trimtab.core.errors import NoMatch, ShapeMismatch, TrimtabError, Unsupported, raise_all
 from trimtab.core.guard import watch
@@ -58,8 +58,8 @@ def attach(
         trainable: whether its parameters learn; nothing but this argument ever decides it.
         dtype: dtype that stores the adapter; None means float32 (float64 on a float64 base).
         rng: source of the random start; None draws a seed from torch's default generator.
-        loss: ``model -> scalar`` on sample data, or a generator of scalars, one a batch; for methods that start from a
-            gradient (LoRAGA, GPS, SPT).
+        loss: ``model -> scalar`` on sample data, or a generator of scalars, one a batch; for methods that start from
+            gradients (LoRAGA, GPS, SPT) or activations.
         check_gradients: confirm at the first optimizer step that exactly the declared parameters got gradients.
         dry_run: change nothing, return the table of what would happen.
 
@@ -136,6 +136,8 @@ def plan_sites(
             problems.append(error)
     raise_all(problems)
     assignments = list(found.values())
+    for _, site in assignments:
+        site.head_size = anatomy.facts[site.block]["head_size"] if site.block is not None else None
     _refuse_ties(root, assignments)
     return assignments
 
@@ -227,17 +229,23 @@ def _finite(site: Site) -> bool:
 
 
 def _calibrate(root: nn.Module, assignments: list[Assignment], loss: Loss | None) -> None:
-    """Measure dL/dW for the sites whose method starts from it."""
-    asked = [(type(config).adapter_class, site) for config, site in assignments if not site.is_meta]
-    needing = [(cls.gradient_power, site) for cls, site in asked if cls.needs_gradient]
-    if not needing:
-        return
-    if loss is None:
+    """Measure gradients and activations for the sites whose method starts from them."""
+    asked: dict[str, list[Assignment]] = {}
+    for config, site in assignments:
+        want = type(config).adapter_class.wants(config)
+        if want and not site.is_meta:
+            asked.setdefault(want, []).append((config, site))
+    if asked and loss is None:
+        (config, _), *_ = next(iter(asked.values()))
         raise Unsupported(
-            f"{type(assignments[0][0]).__name__} starts from a gradient; pass loss=lambda model: ..., "
+            f"{type(config).__name__} starts from the {next(iter(asked))}s of sample data; pass loss=lambda model: ..., "
             "a function that runs the model on sample data and returns its scalar loss"
         )
-    site_gradients(root, [site for _, site in needing], loss, [power for power, _ in needing])
+    if "gradient" in asked:
+        powers = [type(config).adapter_class.gradient_power for config, _ in asked["gradient"]]
+        site_gradients(root, [site for _, site in asked["gradient"]], loss, powers)
+    if "activation" in asked:
+        site_activations(root, [site for _, site in asked["activation"]], loss)
 
 
 def _generator(rng: torch.Generator | None) -> torch.Generator:
@@ -252,7 +260,7 @@ def mount_group(root: nn.Module, name: str, adapters: list[Adapter], *, trainabl
         state.thawed = _freeze(root)
     group = state.groups.setdefault(name, Group(name, trainable=trainable, checked=not check_gradients))
     for adapter in adapters:
-        adapter.site.gradient = None
+        adapter.site.gradient = adapter.site.activation = None
         adapter.train(adapter.site.module.training)
         adapter.requires_grad_(trainable)
         mount(adapter.site.module, name, adapter)

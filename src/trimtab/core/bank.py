@@ -74,6 +74,7 @@ class _Expert(Site):
             adapter_dtype=bank.adapter_dtype,
             cohort=bank.cohort,
             gradient=gradient,
+            head_size=bank.head_size,
         )
         self.matrix = matrix
 

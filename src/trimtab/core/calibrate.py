@@ -1,4 +1,4 @@
-"""Gradients of base weights on sample data, for methods that start from them."""
+"""Gradients of base weights, and activations, on sample data, for methods that start from them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from trimtab.core.errors import Unsupported
 from trimtab.core.site import Site, is_quantised
 
-__all__ = ["site_gradients"]
+__all__ = ["site_activations", "site_gradients"]
 
 
 def site_gradients(
@@ -75,3 +75,42 @@ def _collect(
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
     return sums
+
+
+def site_activations(model: nn.Module, sites: list[Site], loss: Callable[[nn.Module], Tensor | Iterable[Tensor]]) -> None:
+    """Set ``site.activation``: root mean squares over tokens of a linear place's inputs and outputs, float64, on the CPU.
+
+    Args:
+        loss: as for ``site_gradients``; what it returns is not used.
+
+    Raises:
+        Unsupported: a place that is no linear layer, that the loss does not reach, or whose activations are not finite.
+    """
+    for site in sites:
+        if site.kind != "linear":
+            raise Unsupported(f"{site.name} is no linear layer; activations are measured at linear layers alone")
+    sums: dict[nn.Module, list[Tensor]] = {}
+    counts: dict[nn.Module, int] = {}
+
+    def see(module: nn.Module, args: tuple, y: Tensor) -> None:
+        both = [t.detach().reshape(-1, t.shape[-1]) for t in (args[0], y)]
+        squares = [t.square().sum(0, dtype=torch.float64).cpu() for t in both]
+        sums[module] = [a + b for a, b in zip(sums[module], squares, strict=True)] if module in sums else squares
+        counts[module] = counts.get(module, 0) + len(both[0])
+
+    hooks = [module.register_forward_hook(see) for module in {site.module for site in sites}]
+    try:
+        with torch.no_grad():
+            losses = loss(model)
+            for _ in () if isinstance(losses, Tensor) else losses:
+                pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for site in sites:
+        if not counts.get(site.module):
+            raise Unsupported(f"the loss does not run {site.name}; a start from activations needs sample data that does")
+        inputs, outputs = (s.div(counts[site.module]).sqrt() for s in sums[site.module])
+        if not bool(torch.isfinite(torch.cat([inputs, outputs])).all()):
+            raise Unsupported(f"{site.name} has activations with NaN or infinite values; use other sample data")
+        site.activation = inputs, outputs if site.rows is None else site.rows.take(outputs, 0)

@@ -115,6 +115,11 @@ class Adapter(nn.Module):
         """Raise ``ShapeMismatch`` or ``Unsupported`` if ``config`` does not fit ``site``. Called before anything is built."""
 
     @classmethod
+    def wants(cls, config: MethodConfig) -> str | None:
+        """What must be measured on sample data before it starts: ``"gradient"``, ``"activation"``, or nothing."""
+        return "gradient" if cls.needs_gradient else None
+
+    @classmethod
     def identity(cls, config: MethodConfig) -> bool:
         """Whether this config promises to start at the base; override where an option decides it."""
         return cls.identity_at_start

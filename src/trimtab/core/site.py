@@ -188,6 +188,8 @@ class Site(Operation):
         device, dtype: the base weight's.
         adapter_dtype: dtype in which the adapter's parameters are stored.
         gradient: dL/dW (or its squares) summed over batches, ``(out, in)``, only while a method that asks for it is being started.
+        activation: root mean squares of the inputs (in,) and the outputs (out,) over tokens, likewise.
+        head_size: channels of an attention head of its block, where that is known.
         stored: shapes of the tensors saved for this place, by name, only while a load rebuilds its adapter: for sizes
             that the data chose, and not the config.
     """
@@ -205,6 +207,8 @@ class Site(Operation):
     adapter_dtype: torch.dtype = torch.float32
     cohort: Cohort = field(default_factory=Cohort)
     gradient: Tensor | None = None
+    activation: tuple[Tensor, Tensor] | None = None
+    head_size: int | None = None
     stored: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     kind = "?"
     #: sites of these kinds act by replacing the tensor that the module reads, not by the module's forward

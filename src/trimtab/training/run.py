@@ -128,7 +128,7 @@ def attach_adapter(bundle: Bundle, config: TrainConfig) -> None:
     if method is None and head is None:
         raise ConfigError("the method is null and this task has no head to train; give a method, such as LoRA")
     if method is not None:
-        loss = _sample_losses(bundle, config) if method.adapter_class.needs_gradient else None
+        loss = _sample_losses(bundle, config) if method.adapter_class.wants(method) else None
         where = {"targets": config.targets, "layers": config.layers}
         attach(bundle.model, method, **where, name=config.adapter, rng=rng, loss=loss)
     if head is not None:
