@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ def watch(root: nn.Module) -> None:
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    if getattr(optimizer, "in_backward", False):
+        return  # one parameter's step inside backward: the optimizer over all of them steps at its end
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for root in list(_WATCHED):
         state: ModelState | None = root.__dict__.get(ATTRIBUTE)
@@ -38,7 +41,7 @@ def _before_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) ->
             continue
         waiting = [g for g in state.groups.values() if g.trainable and not g.checked]
         if any(id(p) in held for g in waiting for p in trainable_parameters(g)):
-            check_gradients(root, held=held)
+            check_gradients(root, held=held, received=getattr(optimizer, "received", frozenset()))
             _WATCHED.discard(root)
     _release()
 
@@ -50,12 +53,15 @@ def _release() -> None:
         _HOOK = None
 
 
-def check_gradients(model: nn.Module, *, held: set[int] | None = None) -> None:
+def check_gradients(
+    model: nn.Module, *, held: set[int] | None = None, received: Collection[int] = frozenset()
+) -> None:
     """Confirm that the trainable adapters that act, and nothing else of ``model``, have gradients now.
 
     Args:
         model: the model that the adapters are attached to.
         held: ids of the parameters that the optimizer holds; None: those are not looked at.
+        received: ids of those whose gradient was used and freed inside backward.
 
     Raises:
         GradientMismatch: a declared parameter got none, or a base parameter that nobody declared did.
@@ -64,7 +70,7 @@ def check_gradients(model: nn.Module, *, held: set[int] | None = None) -> None:
     declared = {id(p) for g in state.groups.values() for p in trainable_parameters(g)}
     acting = {id(p) for g in state.groups.values() if g.name in state.active for p in trainable_parameters(g)}
     names = {id(p): n for n, p in model.named_parameters(remove_duplicate=False)}
-    silent = [names.get(i, "?") for i, p in _by_id(model, acting) if p.grad is None]
+    silent = [names.get(i, "?") for i, p in _by_id(model, acting) if p.grad is None and i not in received]
     foreign = [n for n, p in model.named_parameters() if p.grad is not None and id(p) not in declared]
     lines = []
     if silent:

@@ -70,6 +70,8 @@ class TrainConfig(_Frozen):
         schedule, warmup: shape of the learning rate over the run, and the share of steps that it rises.
         weight_decay: AdamW's, on matrices only.
         max_grad_norm: gradients are scaled down to this norm; 0 switches it off.
+        step_in_backward: step each parameter inside backward and free its gradient at once; needs ``max_grad_norm`` 0,
+            ``accumulation`` 1 and no fp16.
         label_smoothing: mass of the target spread over all classes.
         precision: of the forward pass (autocast); parameters stay fp32.
         eval_every, save_every: optimizer steps between evaluations and checkpoints; null is once an epoch.
@@ -102,6 +104,7 @@ class TrainConfig(_Frozen):
     warmup: float = Field(0.06, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, ge=0)
+    step_in_backward: bool = False
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     eval_every: int | None = Field(None, ge=1)
@@ -133,6 +136,15 @@ class TrainConfig(_Frozen):
         if method is not None:
             registry.config_from_dict(method)
         return method
+
+    @model_validator(mode="after")
+    def _whole_gradients(self) -> TrainConfig:
+        if self.step_in_backward and (self.max_grad_norm or self.accumulation > 1 or self.precision == "fp16"):
+            raise ValueError(
+                "step_in_backward frees each gradient before the others are there: set max_grad_norm=0, accumulation=1 and a "
+                f"precision without a gradient scaler (found {self.max_grad_norm}, {self.accumulation}, {self.precision})"
+            )
+        return self
 
     def method_config(self) -> Any:
         """The method's config object, or None where only the head learns."""

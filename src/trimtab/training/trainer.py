@@ -8,6 +8,7 @@ function of seed and epoch. The folder appears in one rename, so that a kill at 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 from pathlib import Path
@@ -22,6 +23,7 @@ from trimtab.core.activation import named_parameters
 from trimtab.core.attach import detach
 from trimtab.core.checkpoint import load, save
 from trimtab.tasks import Bundle
+from trimtab.training.backward_step import BackwardOptimizer
 from trimtab.training.config import TrainConfig
 from trimtab.training.errors import ConfigError, RunError
 from trimtab.training.files import new_directory
@@ -107,6 +109,7 @@ class AdapterTrainer(Trainer):
     def __init__(self, config: TrainConfig, bundle: Bundle, args: TrainingArguments, *, callbacks: list[TrainerCallback]):
         self.run, self.bundle = config, bundle
         self._stage: str | None = None
+        self.stepper: BackwardOptimizer | None = None
         super().__init__(
             model=bundle.model,
             args=args,
@@ -137,13 +140,13 @@ class AdapterTrainer(Trainer):
             named = {id(value): (key, value) for key, value in named_parameters(self.model, name=self.run.adapter)}
             for _, value in sorted(named.values(), key=lambda pair: pair[0]):
                 groups.setdefault((id(value) in head, value.ndim >= 2), []).append(value)
-            self.optimizer = torch.optim.AdamW(
-                [
-                    {"params": values, "lr": rates[in_head], "weight_decay": self.run.weight_decay if matrix else 0.0}
-                    for (in_head, matrix), values in sorted(groups.items(), key=lambda item: item[0])
-                ],
-                fused=True,
-            )
+            options = [
+                {"params": values, "lr": rates[in_head], "weight_decay": self.run.weight_decay if matrix else 0.0}
+                for (in_head, matrix), values in sorted(groups.items(), key=lambda item: item[0])
+            ]
+            adamw = functools.partial(torch.optim.AdamW, fused=True)
+            self.stepper = BackwardOptimizer(options, adamw) if self.run.step_in_backward else None
+            self.optimizer = self.stepper or adamw(options)
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
@@ -156,6 +159,14 @@ class AdapterTrainer(Trainer):
         """By length: metrics do not depend on the order, and little is padded."""
         return sorted(range(len(eval_dataset)), key=lambda i: self.bundle.length(eval_dataset[i]))
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; no hook stays on the parameters afterwards."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self.stepper is not None:
+                self.stepper.close()
+
     # -- never step on what is not finite
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
@@ -163,6 +174,8 @@ class AdapterTrainer(Trainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not bool(torch.isfinite(loss)):
             self._stop(f"the loss became {loss.item()}")
+        if self.stepper is not None and self.stepper.refused:
+            self._stop("a gradient became NaN or infinite")
         return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
