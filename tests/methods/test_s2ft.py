@@ -11,8 +11,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
 
 import trimtab as tt
+from trimtab.artifacts.slices import adopt, fuse
 from trimtab.core.account import saved_bytes as model_bytes
-from trimtab.core.errors import ShapeMismatch, Unsupported
+from trimtab.core.errors import CheckpointMismatch, NotMergeable, ShapeMismatch, Unsupported
 from trimtab.core.kinds import LinearSite, PartOperation
 from trimtab.core.site import Rows
 
@@ -434,3 +435,61 @@ def test_bad_input():
         tt.attach(llama(), tt.S2FT(units=1, strategy="activation"), loss=lambda m: torch.zeros(()))
     with pytest.raises(Unsupported, match="another strategy"):
         tt.attach(nn.Sequential(nn.Conv2d(3, 8, 1)), tt.S2FT(units=1, strategy="product"), targets="conv", loss=lambda m: 0)
+
+
+# -- finished slices
+
+
+def test_fused_adapter_does_what_its_parts_do_together(tmp_path):
+    """Overlapping and disjoint slices, with weights; saved and loaded; the parts stay as they were."""
+    model = llama()
+    for seed, name in enumerate(("one", "two")):
+        tt.attach(model, tt.S2FT(ratio=0.3), name=name, rng=torch.Generator().manual_seed(seed))
+        moved(model, name, seed)
+    fuse(model, ["one", "two"], into="both", weights=[1.0, -0.5])
+    tt.activate(model, "both")
+    W = model.model.layers[0].mlp.down_proj.weight
+    parts = [tt.effective_weight(model, "model.layers.0.mlp.down_proj", name=name) - W for name in ("one", "two")]
+    got = tt.effective_weight(model, "model.layers.0.mlp.down_proj", name="both") - W
+    torch.testing.assert_close(got, parts[0] - 0.5 * parts[1])
+    assert not any(p.requires_grad for p in adapters(model, "both")["model.layers.0.mlp.down_proj"].parameters())
+    tt.save(model, tmp_path / "both", name="both")
+    fresh = llama()
+    tt.load(fresh, tmp_path / "both")
+    torch.testing.assert_close(fresh(IDS).logits, model(IDS).logits)
+
+
+def test_fuse_refuses_what_is_no_slice():
+    model = nn.Sequential(layer(8, 12))
+    for name, config in (("in", INPUTS), ("out", OUTPUTS), ("lora", tt.LoRA(rank=2))):
+        tt.attach(model, config, name=name, targets=["0"])
+    for names, error, message in (
+        (["in", "lora"], NotMergeable, "LoRA in it"),
+        (["in", "out"], NotMergeable, "no one slice"),
+        (["in"], ShapeMismatch, "two or more"),
+        (["in", "in"], ShapeMismatch, "different names"),
+    ):
+        with pytest.raises(error, match=message):
+            fuse(model, names, into="new")
+    with pytest.raises(ShapeMismatch, match="a new name"):
+        fuse(model, ["in", "out"], into="lora")
+
+
+@side
+def test_weights_tuned_in_place_become_an_adapter(config):
+    """And are refused where they differ outside of the slice."""
+    model = nn.Sequential(layer(8, 12))
+    tt.attach(model, config, targets=["0"], dtype=D)
+    index = adapters(model)["0"].index.long()
+    tuned = {key: value.clone() for key, value in model.state_dict().items()}
+    at = (slice(None), index) if config.side == "inputs" else index
+    tuned["0.weight"][at] += torch.randn(tuned["0.weight"][at].shape, dtype=D)
+    adopt(model, tuned)
+    torch.testing.assert_close(tt.effective_weight(model, "0"), tuned["0.weight"])
+    tuned["0.weight"] += 1e-3
+    before = adapters(model)["0"].d.clone()
+    with pytest.raises(CheckpointMismatch, match="outside the slice"):
+        adopt(model, tuned)
+    with pytest.raises(CheckpointMismatch, match="found none"):
+        adopt(model, {})
+    assert torch.equal(adapters(model)["0"].d, before)
