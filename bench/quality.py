@@ -5,7 +5,8 @@ the base has not seen). For each method, at the defaults of its config (but for 
 demands, which the task lists), with the schedule that belongs to it:
 
 1. one run for each of ``--rates`` learning rates, seed 0, at the logarithmic centres of equal parts of the range that the
-   method's config states; the best on the validation split is taken, and nothing else is looked at;
+   method's config states; while the best of them on the validation split is the lowest or the highest, one more beyond it, at the
+   same distance, at most ``--beyond`` times; the best is taken, and nothing else is looked at;
 2. runs at that rate for the other seeds; what counts is the test accuracy after the last step, so no step is picked.
 
 The head learns beside every method, at 1e-3. No weight decay; linear decay after 6 % warm-up. Full fine-tuning and the head
@@ -108,20 +109,37 @@ def run(name: str, data: TaskData, rate: float, seed: int) -> dict[str, Any]:
     return result | {split: data.accuracy(model, split) for split in ("validation", "test")}
 
 
+def best_of(search: list[dict[str, Any]]) -> dict[str, Any]:
+    """The run with the best validation accuracy; one that diverged is worse than any."""
+    return max(search, key=lambda row: row.get("validation", -1.0))
+
+
+def beyond(search: list[dict[str, Any]], step: float) -> list[float]:
+    """The next rate to try if the best one so far is the lowest or the highest; none if it lies between others."""
+    best, tried = best_of(search)["rate"], [row["rate"] for row in search]
+    if best == max(tried):
+        return [float(f"{best * step:.3g}")]
+    return [float(f"{best / step:.3g}")] if best == min(tried) else []
+
+
 def measure(name: str, data: TaskData, args: argparse.Namespace, entry: dict[str, Any], save: Callable[[], None]) -> None:
     """Fill ``entry`` with what it lacks: the search, then the seeds at its best rate."""
     span = BASELINES[name] if name in BASELINES else tt.get(name).learning_rate
     try:
-        for rate in rates(span, args.rates):
+        planned = rates(span, args.rates)
+        while planned:
+            rate = planned.pop(0)
             if all(row["rate"] != rate for row in entry["search"]):
                 entry["search"].append(run(name, data, rate, 0))
                 print(f"{name}: {entry['search'][-1]}", flush=True)
                 save()
+            if not planned and len(entry["search"]) < args.rates + args.beyond:
+                planned = beyond(entry["search"], (span.high / span.low) ** (1 / args.rates))
     except TrimtabError as error:
         entry["does not fit"] = str(error)
         return save()
-    best = max(entry["search"], key=lambda row: row.get("validation", -1.0))
-    entry["final"] = entry["final"] or [best]
+    best = best_of(entry["search"])
+    entry["final"] = [row for row in entry["final"] if row["rate"] == best["rate"]] or [best]
     for seed in range(1, args.seeds):
         if all(row["seed"] != seed for row in entry["final"]):
             entry["final"].append(run(name, data, best["rate"], seed))
@@ -198,6 +216,7 @@ def main() -> None:
     parser.add_argument("--task", choices=sorted(TASKS), default="supersense")
     parser.add_argument("--methods", default="", help="comma-separated; all registered ones and both base lines if empty")
     parser.add_argument("--rates", type=int, default=3)
+    parser.add_argument("--beyond", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=None, help="the task's own if left out")
     parser.add_argument("--train-rows", type=int, default=None, help="the task's own if left out")
