@@ -42,8 +42,8 @@ def register_storage(test: Callable[[Tensor], bool], dequantise: Callable[[Tenso
 
 
 def _storage(tensor: Tensor) -> Callable[[Tensor, nn.Module], Tensor] | None:
-    if not _STORAGES:
-        import trimtab.compat.quantised  # noqa: F401  registers what it knows; a plain weight never gets here
+    import trimtab.compat.quantised  # noqa: F401  registers what it knows; a plain weight never gets here
+
     return next((dequantise for test, dequantise in _STORAGES if test(tensor)), None)
 
 
