@@ -20,13 +20,14 @@ by ``@tt.schedule(paper=...)``; it overrides the moments that matter and works i
 ``rate``              a factor on every learning rate of this step
 ``step_end``          the optimizer has stepped, and the gradients still stand
 ``step_skipped``      instead of all since ``extra_loss``: the gradient scaler found infinite gradients
+``step_done``         the loop has said that the step is over; ``run.loss`` is its loss, if the loop tells it
 ``evaluate``          metrics of an evaluation; it ran, and the best adapter is saved, inside ``weights()``
 ``finish``            after the last step
 ``close``             the end of the run, an error included: take off what the schedule put on the model
 ====================  =====================================================================================================
 
 ``self.run`` (``trimtab.schedules.run.Run``) has the services: ``set_trainable``, ``slice_rank``, ``reset_state``, ``loss_at``...
-A checkpoint is taken between two steps: after ``step_end``, before ``step_begin``.
+A checkpoint is taken between two steps: after ``step_done``, before ``step_begin``.
 """
 
 from __future__ import annotations
@@ -117,6 +118,9 @@ class Schedule:
     def step_skipped(self) -> None:
         """The optimizer did not step, since gradients were infinite; the step counts, its numbers do not."""
         self.step += 1
+
+    def step_done(self) -> None:
+        """The step is over, stepped or skipped; ``step`` counts it already."""
 
     def evaluate(self, metrics: dict[str, float]) -> None:
         """An evaluation gave ``metrics``."""

@@ -89,7 +89,8 @@ class Run:
         self.loss: Tensor | None = None
         self.step_number = 0
         self._handles: list[Any] = []
-        self._begun = self._ready = self._skipping = self._stepped = self._stepping = self._closed = False
+        self._begun = self._ready = self._skipping = self._stepped = self._stepping = False
+        self._running = self._closed = False
         self._loop_steps: bool | None = None  # whether the loop calls optimizer.step() itself; None: not seen yet
         self._rates: list[Any] | None = None
         self._refuse_ddp()
@@ -101,6 +102,7 @@ class Run:
         for each in self.schedules:
             each.run = self
             each.start(self.root, steps=self.steps)
+        self._running = True
         if state is not None:
             self.load_state_dict(state)
 
@@ -130,6 +132,7 @@ class Run:
 
     def finish(self) -> None:
         """After the last step."""
+        self._running = False
         for each in self.schedules:
             each.finish()
 
@@ -137,7 +140,7 @@ class Run:
         """Take off hooks and whatever stands on the model for a time; a second call does nothing."""
         if self._closed:
             return
-        self._closed = True
+        self._closed, self._running = True, False
         for each in reversed(self.schedules):
             each.close()
         for handle in self._handles:
@@ -216,6 +219,8 @@ class Run:
         if not self._stepped:
             for each in self.schedules:
                 each.step_skipped()
+        for each in self.schedules:
+            each.step_done()
         self.step_number += 1
         self._begun = self._ready = self._skipping = self._stepped = False
 
@@ -267,15 +272,18 @@ class Run:
         return all(bool(torch.isfinite(each)) for each in largest)
 
     def evaluate(self, metrics: Mapping[str, float]) -> None:
-        """Tell the schedules what an evaluation gave."""
-        for each in self.schedules:
+        """Tell the schedules what an evaluation gave, while the run lasts."""
+        for each in self.schedules if self._running else ():
             each.evaluate(dict(metrics))
 
     @contextmanager
     def weights(self) -> Iterator[None]:
-        """Inside, the adapters are what the run would deliver if it ended now (averages, restarts joined); then as before."""
+        """Inside, the adapters are what the run would deliver if it ended now (averages, restarts joined); then as before.
+
+        After the run they are that anyway.
+        """
         with ExitStack() as stack:
-            for each in self.schedules:
+            for each in self.schedules if self._running else ():
                 stack.enter_context(each.weights())
             yield
 
@@ -301,6 +309,11 @@ class Run:
         self.step_number = state["step"]
         for each, kept in zip(self.schedules, state["schedules"], strict=True):
             each.load_state_dict(kept["state"])
+
+    def rebuild(self, state: Mapping[str, Any]) -> None:
+        """Before the adapters are loaded: what the base needs so that they fit."""
+        for each, kept in zip(self.schedules, state["schedules"], strict=True):
+            each.rebuild(self.root, kept["state"])
 
     # -- services
 
