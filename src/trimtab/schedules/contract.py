@@ -17,7 +17,7 @@ by ``@tt.schedule(paper=...)``; it overrides the moments that matter and works i
 ``extra_loss``        a loss of the parameters alone; its gradient is added once a step, after the last backward pass
 ``backward_end``      the gradients are complete: accumulated, reduced over processes, unscaled, not clipped
 ``before_optimizer``  the gradients are clipped
-``rate``              a factor on every learning rate of this step
+``rate_factor``       a factor on every learning rate of this step
 ``step_end``          the optimizer has stepped, and the gradients still stand
 ``step_skipped``      instead of all since ``extra_loss``: the gradient scaler found infinite gradients
 ``step_done``         the loop has said that the step is over; ``run.loss`` is its loss, if the loop tells it
@@ -74,6 +74,17 @@ class Schedule:
     steps: int | None = None
     step: int = 0
 
+    @property
+    def services(self) -> Run:
+        """``run``, for schedules that cannot do without.
+
+        Raises:
+            RuntimeError: the schedule is driven by hand.
+        """
+        if self.run is None:
+            raise RuntimeError(f"{type(self).__name__} needs the services of a run; drive it by tt.scheduled(model, optimizer)")
+        return self.run
+
     # -- the moments
 
     def start(self, model: nn.Module, *, steps: int | None) -> None:
@@ -107,7 +118,7 @@ class Schedule:
     def before_optimizer(self) -> None:
         """The gradients are clipped; the optimizer uses them next."""
 
-    def rate(self) -> float:
+    def rate_factor(self) -> float:
         """A factor on all learning rates of this step."""
         return 1.0
 

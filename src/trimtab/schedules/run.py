@@ -34,6 +34,7 @@ def scheduled(
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
     batches: Sequence[Any] | Callable[[int], Any] | None = None,
     scaler: Any = None,
+    seed: int = 0,
     state: Mapping[str, Any] | None = None,
 ) -> Run:
     """Run schedules over a loop of one's own: a context whose ``step()`` takes the place of ``optimizer.step()``.
@@ -50,13 +51,14 @@ def scheduled(
         loss: ``(model, batch) -> scalar``, for schedules that probe the model (IST); it calls the model once.
         batches: what they probe it on: a sequence, gone through again and again, or ``i -> batch``.
         scaler: a ``torch.amp.GradScaler``; ``s.step()`` then unscales, steps and updates it.
+        seed: of the schedules' own draws; the same on all processes.
         state: what ``s.state_dict()`` gave, to go on from there; load the optimizer's own state after this call.
 
     Raises:
         ValueError: two schedules own one thing (both are named), or an argument is out of its range.
         Unsupported: a schedule cannot work with this model; nothing has been changed.
     """
-    run = Run(model, schedules, steps=steps, probes=Probes.of(loss, batches), scaler=scaler)
+    run = Run(model, schedules, steps=steps, probes=Probes.of(loss, batches), scaler=scaler, seed=seed)
     try:
         run.start(state)
         run.bind(optimizer)
@@ -80,11 +82,11 @@ class Run:
 
     def __init__(
         self, model: nn.Module, schedules: Sequence[Schedule], *, steps: int | None = None, probes: Probes | None = None,
-        scaler: Any = None,
+        scaler: Any = None, seed: int = 0,
     ):  # fmt: skip
         check_owners(schedules)
         self.model, self.root = model, unwrap(model)
-        self.schedules, self.steps, self.probes, self.scaler = tuple(schedules), steps, probes, scaler
+        self.schedules, self.steps, self.probes, self.scaler, self.seed = tuple(schedules), steps, probes, scaler, seed
         self.optimizer: Optimizer | None = None
         self.loss: Tensor | None = None
         self.step_number = 0
@@ -231,7 +233,7 @@ class Run:
             return  # a fused optimizer is called all the same, and does nothing
         for each in self.schedules:
             each.before_optimizer()
-        factor = math.prod(each.rate() for each in self.schedules)
+        factor = math.prod(each.rate_factor() for each in self.schedules)
         if factor != 1:
             self._rates = [group["lr"] for group in self.optimizer.param_groups]
             for group in self.optimizer.param_groups:
@@ -338,6 +340,10 @@ class Run:
             optim.drop_state(self.optimizer, parameters)
         elif state == "cpu":
             optim.move_state(self.optimizer, parameters, None if on else "cpu")
+
+    def generator(self, schedule: Schedule) -> torch.Generator:
+        """A generator on the CPU for a schedule's own draws, by the run's seed and its place in the list."""
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + self.schedules.index(schedule))
 
     def slice_rank(self, adapter: Adapter, index: Tensor) -> None:
         """Keep the ranks ``index`` of an adapter, with the optimizer's state; in ``step_begin`` or ``finish`` only.

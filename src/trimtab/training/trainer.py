@@ -128,8 +128,9 @@ class AdapterTrainer(Trainer):
         from transformers.trainer_callback import PrinterCallback
 
         self.remove_callback(PrinterCallback)
+        given = config.schedule_objects()
         self.schedule = Run(
-            self.model, config.schedule_objects(), steps=args.max_steps, probes=probes(bundle, args.device, config.seed)
+            self.model, given, steps=args.max_steps, probes=probes(bundle, args.device, config.seed), seed=config.seed
         )
         self._resumed: dict[str, Any] | None = None
         self._losses: list[torch.Tensor] = []
