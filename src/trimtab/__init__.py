@@ -62,19 +62,29 @@ _VERBS = {
     "plan": "trimtab.training.plan",
     "train": "trimtab.training",
     "evaluate": "trimtab.training",
+    "Schedule": "trimtab.schedules.contract",
+    "schedule": "trimtab.schedules.registry",
+    "scheduled": "trimtab.schedules.run",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Methods by their registered name, and the verbs, each imported by its first use."""
+    """Methods and schedules by their registered name, and the verbs, each imported by its first use."""
     if name in _VERBS:
         from importlib import import_module
 
         return getattr(import_module(_VERBS[name]), name)
     if name[:1].isupper() and name in names():
         return get(name)
+    if name[:1].isupper():
+        from trimtab import schedules
+
+        if name in schedules.names():
+            return schedules.entry(name).schedule
     raise AttributeError(f"module 'trimtab' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*__all__, *names(), *_VERBS})
+    from trimtab import schedules
+
+    return sorted({*__all__, *names(), *schedules.names(), *_VERBS})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -14,7 +14,7 @@ from trimtab.core.routing import clear_routes, set_routes
 from trimtab.core.state import adapter_group, host, resolve_names, state_of, trainable_parameters, unwrap
 from trimtab.core.table import Table
 
-__all__ = ["activate", "disabled", "effective_weight", "named_parameters", "parameters", "routed", "summary"]
+__all__ = ["activate", "disabled", "effective_weight", "named_parameters", "parameters", "routed", "scaled", "summary"]
 
 
 def activate(model: nn.Module, *names: str) -> None:
@@ -82,6 +82,36 @@ def routed(model: nn.Module, names: Sequence[str | Sequence[str] | None]) -> Ite
         yield
     finally:
         clear_routes(state)
+
+
+@contextmanager
+def scaled(model: nn.Module, factors: Mapping[str, float | Tensor]) -> Iterator[None]:
+    """Inside, adapted modules give ``y = base + f (adapted - base)``, f their factor; afterwards all is as it was, to the bit.
+
+    Parameters and the adapters' own scales are not touched. The base's operation runs once more where f is not 1. Other factors
+    recompile nothing.
+
+    Args:
+        factors: path of an adapted module -> f, a number or a tensor of one factor a row, shape ``(rows,)``; 1 elsewhere.
+
+    Raises:
+        NoMatch: nothing is attached at a path. Unsupported, in forward: rows cannot be told apart at a place.
+    """
+    hosts = {path: host(module) for path, module in state_of(model).hosts.items()}
+    unknown = [path for path in factors if path not in hosts]
+    if unknown:
+        raise NoMatch(f"no adapter is attached at {unknown[0]!r}{nearest(unknown[0], hosts)}")
+    before = [(each, each.scale, each.damped) for each in hosts.values()]
+    for path, each in hosts.items():
+        factor = factors.get(path, 1.0)
+        device = next((p.device for p in each.parameters()), torch.device("cpu"))
+        each.scale = torch.as_tensor(factor, device=device, dtype=torch.float32)
+        each.damped = isinstance(factor, Tensor) or factor != 1
+    try:
+        yield
+    finally:
+        for each, scale, damped in before:
+            each.scale, each.damped = scale, damped
 
 
 def named_parameters(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, nn.Parameter]]:

@@ -96,6 +96,8 @@ class Adapter(nn.Module):
         needs_gradient: whether starting it needs dL/dW (``attach(..., loss=...)``).
         gradient_power: what ``site.gradient`` sums over the batches then: 1, gradients; 2, their squares.
         identity_at_start: whether the adapted model equals the base before the first step.
+        rank_axes: of a method whose ranks can be cut one by one, the parameters that carry them, each with the axis: 0 for a
+            factor (r, in), 1 for (out, r). Sizes are then read off the tensors, and scales off the config.
     """
 
     targets: ClassVar[str] = "linear"
@@ -104,6 +106,7 @@ class Adapter(nn.Module):
     needs_gradient: ClassVar[bool] = False
     gradient_power: ClassVar[int] = 1
     identity_at_start: ClassVar[bool] = True
+    rank_axes: ClassVar[Mapping[str, int]] = {}
 
     def __init__(self, config: MethodConfig, site: Site):
         super().__init__()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core.contracts import ActivationAdapter, Adapter, TokenAdapter
+from trimtab.core.errors import Unsupported
 from trimtab.core.kinds import PartOperation, Through, bias_site
 from trimtab.core.site import Operation, Site, dense
 
@@ -48,6 +49,9 @@ class Host(nn.Module):
 
     The lists are rewritten by ``refresh`` alone. A compiled graph guards on their structure and not on the names, so
     switching between adapters of one shape recompiles nothing.
+
+    ``scale`` is None, or the factor on all that the adapters change here (``core.activation.scaled``): a tensor, so that no
+    graph depends on its value. ``damped`` is whether it differs from 1; a compiled graph does not ask.
     """
 
     def __init__(self) -> None:
@@ -58,6 +62,8 @@ class Host(nn.Module):
         self.outputs: list[ActivationAdapter] = []
         self.tokens: list[TokenAdapter] = []
         self.route: Any = None
+        self.scale: Tensor | None = None
+        self.damped = False
         # nn.TransformerEncoderLayer's inference shortcut reads its children's weights past their forward, unless a hook
         # stands on a module below it; the host itself is never called, so this costs nothing
         self.register_forward_pre_hook(_no_shortcut)
@@ -100,6 +106,15 @@ class Host(nn.Module):
             return self.route.run(self, module, args, kwargs)
         if not (self.whole or self.parts or self.outputs or self.tokens):
             return base(module, *args, **kwargs)
+        y = self.adapted(module, args, kwargs)
+        if self.scale is not None and (torch.compiler.is_compiling() or self.damped):
+            plain = _first(base(module, *args, **kwargs))
+            return _replace_output(y, lambda full: torch.lerp(plain, full, _rows(self.scale, full)))
+        return y
+
+    def adapted(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        """The forward with all that acts, at its full scale."""
+        base = module._trimtab_base.forward
         for token in self.tokens:
             args, kwargs = _replace_first(args, kwargs, token.insert)
         x = args[0] if args else next(iter(kwargs.values()))
@@ -132,6 +147,8 @@ class Host(nn.Module):
             return stored
         site = chains[0][0].site
         value = site.unmatrix(adapted_chain(site, chains))
+        if self.scale is not None and (torch.compiler.is_compiling() or self.damped):
+            value = torch.lerp(site.unmatrix(adapted_chain(site, [])), value, _alone(self.scale, value, site))
         return value.to(site.dtype) if stored is None else value.reshape(stored.shape).to(stored.dtype)
 
 
@@ -184,12 +201,37 @@ def adapted_chain(site: Site, chains: list[list[Adapter]], *, dtype: torch.dtype
     return value
 
 
+def _rows(scale: Tensor, y: Tensor) -> Tensor:
+    """A factor, or one a row of the batch, shaped to multiply ``y`` (rows, or rows times tokens, ...)."""
+    if scale.dim() == 0:
+        return scale.to(y.dtype)
+    if y.shape[0] % scale.shape[0]:
+        raise Unsupported(
+            f"{scale.shape[0]} rows were given a factor each, and a layer has an output of shape {tuple(y.shape)}, whose first "
+            "axis is no multiple of that"
+        )
+    each = scale.to(y.dtype).repeat_interleave(y.shape[0] // scale.shape[0])
+    return each.view(-1, *(1,) * (y.dim() - 1))
+
+
+def _alone(scale: Tensor, value: Tensor, site: Site) -> Tensor:
+    """The factor of a tensor that all rows share."""
+    if scale.dim():
+        raise Unsupported(f"{site.name} is one tensor for all rows of the batch, so that rows cannot have factors of their own")
+    return scale.to(value.dtype)
+
+
 def _replace_first(args: tuple, kwargs: dict, change: Callable[[Tensor], Tensor]) -> tuple[tuple, dict]:
     """The call's arguments with its first input changed."""
     if args:
         return (change(args[0]), *args[1:]), kwargs
     key = next(iter(kwargs))
     return args, {**kwargs, key: change(kwargs[key])}
+
+
+def _first(y: Any) -> Tensor:
+    """A module's output, or its first tensor."""
+    return y if isinstance(y, Tensor) else y[0] if isinstance(y, tuple) else next(iter(y.values()))
 
 
 def _replace_output(y: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from trimtab.core.site import Operation
-from trimtab.kernels.mode import compute_dtype, fused
+from trimtab.kernels.mode import compute_dtype, fused, if_learnt
 
 __all__ = ["Rule", "beside"]
 
@@ -78,7 +78,7 @@ class _Beside(torch.autograd.Function):
             y = F.linear(flat, W.to(dtype), None if bias is None else bias.to(dtype))
         kept = rule.keep(flat)
         rule.add_(y, flat, kept, *(p.to(dtype) for p in params))
-        ctx.save_for_backward(x if kept is None else kept, W, *params)
+        ctx.save_for_backward(if_learnt(x if kept is None else kept, ctx.needs_input_grad[6:]), W, *params)
         ctx.rule, ctx.shape, ctx.dtypes = rule, x.shape, (dtype, x.dtype, None if bias is None else bias.dtype)
         return y.view(*x.shape[:-1], out)
 
@@ -88,8 +88,9 @@ class _Beside(torch.autograd.Function):
         x, W, *params = ctx.saved_tensors
         dtype, x_dtype, bias_dtype = ctx.dtypes
         dy = dy.reshape(-1, dy.shape[-1]).contiguous()
-        x = x.reshape(-1, x.shape[-1]).to(dtype).contiguous()
         _, _, _, needs_x, _, needs_bias, *needs = ctx.needs_input_grad
+        x = x.reshape(-1, x.shape[-1])
+        x = x.to(dtype).contiguous() if any(needs) else x
         gx = None
         if needs_x:
             gx = dy.new_zeros(dy.shape[0], ctx.shape[-1]) if W is None else dy @ W.to(dtype)

@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from trimtab.core.site import Operation, Site
 from trimtab.kernels.gain import Unbiased
-from trimtab.kernels.mode import compute_dtype, fused
+from trimtab.kernels.mode import compute_dtype, fused, if_learnt
 from trimtab.kernels.rebuilt import Pull, Recipe, readable, rebuilt
 
 __all__ = ["BlockAffine", "block_affine", "lifted", "mixed", "reweighted"]
@@ -118,7 +118,7 @@ class _Mixed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, x: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         q, r, _ = b.shape
-        ctx.save_for_backward(x, b)
+        ctx.save_for_backward(if_learnt(x, ctx.needs_input_grad[2:]), b)
         blocks = x.to(dtype).reshape(-1, q, r).transpose(0, 1)  # (blocks, tokens, r)
         u = torch.bmm(blocks, b.to(dtype).transpose(1, 2))
         return (blocks + u).transpose(0, 1).reshape(x.shape), u.sum(0).view(*x.shape[:-1], r)

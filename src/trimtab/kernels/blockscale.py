@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from trimtab.core.site import Operation, Site
 from trimtab.kernels.gain import scaled
-from trimtab.kernels.mode import compute_dtype, fused
+from trimtab.kernels.mode import compute_dtype, fused, if_learnt
 from trimtab.kernels.rebuilt import readable
 
 __all__ = ["block_scale", "blockscaled", "on_activations"]
@@ -93,7 +93,7 @@ class _Tiles(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, source: Site | None, dtype: torch.dtype, x: Tensor, W: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-        ctx.save_for_backward(x, W, a, b)
+        ctx.save_for_backward(if_learnt(x, ctx.needs_input_grad[4:]), W, a, b)
         ctx.source, ctx.dtype = source, dtype
         r, out = b.shape
         blocks, wide, x = _blocks(W, source, r), torch.promote_types(a.dtype, torch.float32), x.to(dtype)
@@ -132,7 +132,8 @@ class _Activations(torch.autograd.Function):
         for c in range(r):
             torch.bmm(scaled(X, a[c].view(r, 1, -1)), blocks[c].permute(1, 2, 0).to(dtype), out=kept[c])
             y[:, c] = (kept[c] * b.view(r, r, 1, -1)[:, c]).sum(0)
-        ctx.save_for_backward(x, W, a, b, kept if ctx.needs_input_grad[5] else None)
+        kept = kept if ctx.needs_input_grad[5] else None
+        ctx.save_for_backward(if_learnt(x, ctx.needs_input_grad[4:5]), W, a, b, kept)
         ctx.source, ctx.dtype = source, dtype
         return y.flatten(1)
 

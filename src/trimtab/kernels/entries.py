@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 from trimtab.core.site import Operation
 from trimtab.kernels.beside import Rule, beside
-from trimtab.kernels.mode import compute_dtype, fused
+from trimtab.kernels.mode import compute_dtype, fused, if_learnt
 
 __all__ = ["added", "entries", "entry_gradients"]
 
@@ -112,7 +112,7 @@ def _patched(W: Tensor, index: Tensor, values: Tensor, dtype: torch.dtype) -> Te
 class _Patched(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, places: Places, dtype: torch.dtype, x: Tensor, W: Tensor, bias: Tensor | None, values: Tensor) -> Tensor:
-        ctx.save_for_backward(x, W, values)
+        ctx.save_for_backward(if_learnt(x, ctx.needs_input_grad[5:]), W, values)
         ctx.places, ctx.dtype, ctx.bias_dtype = places, dtype, None if bias is None else bias.dtype
         return F.linear(x.to(dtype), _patched(W, places(), values, dtype), None if bias is None else bias.to(dtype))
 

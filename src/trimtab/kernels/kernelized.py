@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trimtab.core.site import Operation
-from trimtab.kernels.mode import compute_dtype, fused
+from trimtab.kernels.mode import compute_dtype, fused, if_learnt
 
 __all__ = ["Competition", "gain", "kernel_delta", "kernelized", "quantile"]
 
@@ -174,7 +174,7 @@ class _Kernelized(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rule: Competition, dtype: torch.dtype, x: Tensor, W: Tensor | None, bias: Tensor | None,
                 t: Tensor | None, A: Tensor, B: Tensor, c: Tensor, *mix: Tensor) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(x, W, t, A, B, c, *mix)
+        ctx.save_for_backward(if_learnt(x, ctx.needs_input_grad[6:]), W, t, A, B, c, *mix)
         ctx.rule, ctx.dtype, ctx.bias_dtype = rule, dtype, None if bias is None else bias.dtype
         flat = x.reshape(-1, x.shape[-1]).to(dtype)
         y = flat.new_zeros(flat.shape[0], B.shape[1]) if bias is None else bias.to(dtype).repeat(flat.shape[0], 1)

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from trimtab.core.site import Operation, Site
 from trimtab.kernels.dropout import draw_seed, keep_rate, masks
-from trimtab.kernels.mode import compute_dtype, fused
+from trimtab.kernels.mode import compute_dtype, fused, if_learnt
 
 __all__ = ["KEEP", "down", "low_rank"]
 
@@ -206,7 +206,8 @@ class _Dense(Function):
         A, B = _cast(dtype, a, b, a0, b0)
         u = down(x2, A, p, seed).mul_(ctx.gain)
         y = _begun(u, B, None if bias is None else bias.to(dtype)).addmm_(x2, W.to(dtype).t())
-        ctx.save_for_backward(x, W, _kept(u, a.shape[0], x2.shape[1], ctx.needs_input_grad[4]), a, b, a0, b0)
+        kept = _kept(u, a.shape[0], x2.shape[1], ctx.needs_input_grad[4])
+        ctx.save_for_backward(if_learnt(x, ctx.needs_input_grad[3:5]), W, kept, a, b, a0, b0)
         return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))  # no view: the next adapter may write it
 
     @staticmethod
@@ -237,7 +238,8 @@ class _Beside(Function):
         A, B = _cast(ctx.dtype, a, b, a0, b0)
         u = down(x2, A, p, seed).mul_(ctx.gain)
         y.view(-1, y.shape[-1]).addmm_(u, B.t())
-        ctx.save_for_backward(x, _kept(u, a.shape[0], x2.shape[1], ctx.needs_input_grad[3]), a, b, a0, b0)
+        kept = _kept(u, a.shape[0], x2.shape[1], ctx.needs_input_grad[3])
+        ctx.save_for_backward(if_learnt(x, ctx.needs_input_grad[2:4]), kept, a, b, a0, b0)
         return y
 
     @staticmethod

@@ -1,12 +1,14 @@
-"""When a custom autograd Function may run, and in which dtype it computes."""
+"""When a custom autograd Function may run, in which dtype it computes, and what of its input it keeps."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-__all__ = ["compute_dtype", "fused"]
+__all__ = ["compute_dtype", "fused", "if_learnt"]
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -31,3 +33,11 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     if x.dtype != torch.float64 and kind != "meta" and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return x.dtype
+
+
+def if_learnt(x: Tensor, needs: Sequence[bool]) -> Tensor:
+    """What a function keeps of an input that only its parameters' gradients read: ``x``, or if none of them learns a stand-in.
+
+    The stand-in has shape, dtype and device of ``x``, and no storage to speak of; its values are zeros.
+    """
+    return x if any(needs) else x.new_zeros(1).expand(x.shape)

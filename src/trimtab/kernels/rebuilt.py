@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from trimtab.core.kinds import PartOperation
 from trimtab.core.site import Operation, Site
-from trimtab.kernels.mode import compute_dtype, fused
+from trimtab.kernels.mode import compute_dtype, fused, if_learnt
 
 __all__ = ["Pull", "Recipe", "readable", "rebuilt"]
 
@@ -79,7 +79,7 @@ class _Rebuilt(torch.autograd.Function):
     def forward(
         ctx: Any, recipe: Recipe, dtype: torch.dtype, x: Tensor, W: Tensor | None, bias: Tensor | None, *params: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(x, W, *params)
+        ctx.save_for_backward(if_learnt(x, ctx.needs_input_grad[5:]), W, *params)
         ctx.recipe, ctx.dtype, ctx.bias_dtype = recipe, dtype, None if bias is None else bias.dtype
         weight = _remake(recipe, W, (False,) * len(params), params, dtype)[0]
         return F.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype))

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from trimtab.core.site import Operation
-from trimtab.kernels.mode import compute_dtype, fused
+from trimtab.kernels.mode import compute_dtype, fused, if_learnt
 
 __all__ = [
     "Blocks", "BoundedBlocks", "CayleyBlocks", "TriangleBlocks", "cayley", "dense_rotation", "neumann", "rotate",
@@ -205,7 +205,7 @@ class _Rotate(torch.autograd.Function):
     def forward(
         ctx: Any, maker: Blocks, dtype: torch.dtype, x: Tensor, W: Tensor | None, bias: Tensor | None, *params: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(x, W, *params)
+        ctx.save_for_backward(if_learnt(x, ctx.needs_input_grad[5:]), W, *params)
         ctx.maker, ctx.dtype, ctx.bias_dtype = maker, dtype, None if bias is None else bias.dtype
         flat, R = x.reshape(-1, x.shape[-1]).to(dtype), maker.blocks(*params).to(dtype)
         flat = flat.contiguous()
@@ -226,7 +226,8 @@ class _Rotate(torch.autograd.Function):
         g = dy if W is None else dy @ W.to(ctx.dtype)
         made, pull = ctx.maker.remake(needs, *params)
         R = made.to(ctx.dtype)
-        x2 = x.reshape(-1, x.shape[-1]).to(ctx.dtype).contiguous()
+        x2 = x.reshape(-1, x.shape[-1])
+        x2 = x2.to(ctx.dtype).contiguous() if learn else x2
         inputs = {R.shape[0] - 1: x2}
         if learn:
             for level in reversed(range(1, R.shape[0])):
@@ -236,7 +237,7 @@ class _Rotate(torch.autograd.Function):
             if learn:
                 gR[level] = _block_gradient(inputs.pop(level), g, R[level], level)
             if needs_x or level + 1 < R.shape[0]:
-                g = turn(g, R[level].transpose(-1, -2), level, into=torch.empty_like(x2) if g is dy else g)
+                g = turn(g, R[level].transpose(-1, -2), level, into=torch.empty_like(g) if g is dy else g)
         gx = g.view(x.shape).to(x.dtype) if needs_x else None
         gb = dy.sum(0).to(ctx.bias_dtype) if needs_bias else None
         grads: list[Tensor | None] = [None] * len(params)

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from trimtab.core.site import Operation
-from trimtab.kernels.mode import compute_dtype, fused
+from trimtab.kernels.mode import compute_dtype, fused, if_learnt
 
 __all__ = ["Parts", "turned"]
 
@@ -82,7 +82,7 @@ def _made(parts: Parts, x: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, Te
 class _Turned(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, parts: Parts, dtype: torch.dtype, x: Tensor, W: Tensor, bias: Tensor | None, *params: Tensor) -> Tensor:
-        ctx.save_for_backward(x, W, *params)
+        ctx.save_for_backward(if_learnt(x, ctx.needs_input_grad[5:]), W, *params)
         ctx.parts, ctx.dtype, ctx.bias_dtype = parts, dtype, None if bias is None else bias.dtype
         z, u, b = _made(parts, x.reshape(-1, x.shape[-1]).to(dtype), [p.to(dtype) for p in params])
         bias = None if bias is None else bias.to(dtype)
@@ -109,7 +109,7 @@ class _Parts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, parts: Parts, dtype: torch.dtype, x: Tensor, *params: Tensor) -> tuple[Tensor, Tensor | None]:
-        ctx.save_for_backward(x, *params)
+        ctx.save_for_backward(if_learnt(x, ctx.needs_input_grad[3:]), *params)
         ctx.parts, ctx.dtype = parts, dtype
         z, u, b = _made(parts, x.reshape(-1, x.shape[-1]).to(dtype), [p.to(dtype) for p in params])
         return z.reshape(x.shape).to(x.dtype), None if u is None else _added(u, b)

@@ -20,6 +20,7 @@ from torch import nn
 from trimtab.core.errors import NoMatch
 from trimtab.methods.reparameterized.snella import SNELLAAdapter
 from trimtab.schedules.contract import Schedule
+from trimtab.schedules.registry import schedule
 
 __all__ = ["BilevelCompetition", "cubic_budget", "fill"]
 
@@ -74,6 +75,7 @@ def _proportional(shares: Sequence[float], capacities: Sequence[int], budget: in
     return given
 
 
+@schedule(paper="arXiv:2510.24037", tests=({"target": 0.5},))
 class BilevelCompetition(Schedule):
     """The schedule of SNELLA: from its nearly dense start to ``target``, place by place.
 
@@ -88,6 +90,9 @@ class BilevelCompetition(Schedule):
     Raises:
         ValueError: a number out of its range.
     """
+
+    owns = frozenset({"rank"})
+    needs_steps = True
 
     def __init__(self, target: float = 0.9, *, warmup: int = 0, final: int = 0, interval: int = 1,
                  betas: tuple[float, float] = (0.85, 0.85), metric: str = "sensitivity"):  # fmt: skip

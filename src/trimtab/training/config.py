@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from trimtab.core import registry
 from trimtab.core.errors import TrimtabError, nearest
+from trimtab.schedules.contract import Schedule
+from trimtab.schedules.registry import check_owners, from_dict
 from trimtab.training.errors import ConfigError
 
 __all__ = ["DataConfig", "TrainConfig", "load_config", "parse_override", "to_yaml"]
@@ -60,6 +62,7 @@ class TrainConfig(_Frozen):
         model: ``all-minilm-l6-v2`` (the packaged model), a local folder, or a Hub id.
         data: see ``DataConfig``.
         method: ``{name: LoRA, rank: 8}``, a bare name, or null to train the head alone.
+        schedules: what changes while training, in order: ``[{name: IST, updated: 0.25}, LoRAPlus]`` (``trimtab schedules``).
         targets, layers: where the method acts, as in ``tt.attach``; null is the method's own default.
         adapter: the adapter's name.
         output: folder for the result.
@@ -89,6 +92,7 @@ class TrainConfig(_Frozen):
     model: str = "all-minilm-l6-v2"
     data: DataConfig
     method: dict[str, Any] | None = {"name": "LoRA"}
+    schedules: list[dict[str, Any]] = []
     targets: str | list[str] | None = None
     layers: list[int] | None = None
     adapter: str = "default"
@@ -127,6 +131,8 @@ class TrainConfig(_Frozen):
                 values["data"] = {"source": values["data"]}
             if isinstance(values.get("method"), str):
                 values["method"] = {"name": values["method"]}
+            if isinstance(values.get("schedules"), list):
+                values["schedules"] = [{"name": each} if isinstance(each, str) else each for each in values["schedules"]]
         return values
 
     @field_validator("method")
@@ -137,6 +143,15 @@ class TrainConfig(_Frozen):
             registry.config_from_dict(method)
         return method
 
+    @field_validator("schedules")
+    @classmethod
+    def _known_schedules(cls, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        try:
+            check_owners([from_dict(each) for each in found])
+        except TrimtabError as error:
+            raise ValueError(str(error)) from error
+        return found
+
     @model_validator(mode="after")
     def _whole_gradients(self) -> TrainConfig:
         if self.step_in_backward and (self.max_grad_norm or self.accumulation > 1 or self.precision == "fp16"):
@@ -144,11 +159,18 @@ class TrainConfig(_Frozen):
                 "step_in_backward frees each gradient before the others are there: set max_grad_norm=0, accumulation=1 and a "
                 f"precision without a gradient scaler (found {self.max_grad_norm}, {self.accumulation}, {self.precision})"
             )
+        whole = [type(each).__name__ for each in self.schedule_objects() if each.whole_gradients]
+        if self.step_in_backward and whole:
+            raise ValueError(f"step_in_backward frees each gradient before the others are there, and {whole[0]} needs all of them")
         return self
 
     def method_config(self) -> Any:
         """The method's config object, or None where only the head learns."""
         return None if self.method is None else registry.config_from_dict(self.method)
+
+    def schedule_objects(self) -> list[Schedule]:
+        """The schedules, built anew at every call."""
+        return [from_dict(each) for each in self.schedules]
 
 
 def parse_override(text: str) -> tuple[str, Any]:

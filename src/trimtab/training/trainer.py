@@ -1,8 +1,8 @@
 """transformers' Trainer with what adapters need: small atomic checkpoints, an own order of rows, no step on NaN.
 
 A checkpoint is ``checkpoint-<step>/``: the adapter (no base weights), optimizer, scheduler, gradient scaler, the states
-of all random generators and the trainer's state, whose step is the position in the data, because the order of rows is a
-function of seed and epoch. The folder appears in one rename, so that a kill at any moment leaves whole checkpoints only.
+of all schedules and random generators and the trainer's state, whose step is the position in the data, because the order of
+rows is a function of seed and epoch. The folder appears in one rename, so that a kill at any moment leaves whole checkpoints only.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from trimtab.core.activation import named_parameters
 from trimtab.core.attach import detach
 from trimtab.core.checkpoint import load, save
+from trimtab.schedules.run import Run
 from trimtab.tasks import Bundle
 from trimtab.training.backward_step import BackwardOptimizer
 from trimtab.training.config import TrainConfig
 from trimtab.training.errors import ConfigError, RunError
 from trimtab.training.files import new_directory
 from trimtab.training.sampler import EpochSampler
+from trimtab.training.schedules import Moments, load_state, probes, save_state
 
 __all__ = ["AdapterTrainer", "arguments", "better", "last_checkpoint"]
 
@@ -79,6 +81,7 @@ def arguments(config: TrainConfig, folder: Path, *, rows: int) -> TrainingArgume
         seed=config.seed,
         full_determinism=config.deterministic,
         dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_find_unused_parameters=any("trainability" in each.owns for each in config.schedule_objects()),
         use_cpu=not torch.accelerator.is_available(),
     )
 
@@ -125,15 +128,23 @@ class AdapterTrainer(Trainer):
         from transformers.trainer_callback import PrinterCallback
 
         self.remove_callback(PrinterCallback)
+        given = config.schedule_objects()
+        self.schedule = Run(
+            self.model, given, steps=args.max_steps, probes=probes(bundle, args.device, config.seed), seed=config.seed
+        )
+        self._resumed: dict[str, Any] | None = None
+        self._losses: list[torch.Tensor] = []
+        self.add_callback(Moments(self.schedule))
 
     # -- what learns, and in which order
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over the adapter alone: matrices with weight decay, the rest without, the head at its own rate.
 
-        Parameters are ordered by name, so that a checkpoint's optimizer state fits a model built anew.
+        Parameters are ordered by name, so that a checkpoint's optimizer state fits a model built anew. The schedules start here.
         """
         if self.optimizer is None:
+            self.schedule.start(self._resumed)
             head = set() if self.bundle.head is None else {id(p) for p in self.bundle.head.parameters()}
             rates = {True: self.run.head_learning_rate or self.run.learning_rate, False: self.run.learning_rate}
             groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
@@ -144,9 +155,11 @@ class AdapterTrainer(Trainer):
                 {"params": values, "lr": rates[in_head], "weight_decay": self.run.weight_decay if matrix else 0.0}
                 for (in_head, matrix), values in sorted(groups.items(), key=lambda item: item[0])
             ]
+            options = self.schedule.grouped(options)
             adamw = functools.partial(torch.optim.AdamW, fused=True)
             self.stepper = BackwardOptimizer(options, adamw) if self.run.step_in_backward else None
             self.optimizer = self.stepper or adamw(options)
+            self.schedule.bind(self.optimizer, regroup=False)
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
@@ -160,10 +173,11 @@ class AdapterTrainer(Trainer):
         return sorted(range(len(eval_dataset)), key=lambda i: self.bundle.length(eval_dataset[i]))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers'; no hook stays on the parameters afterwards."""
+        """As transformers'; no hook stays on the parameters afterwards, and nothing of the schedules on the model."""
         try:
             return super().train(*args, **kwargs)
         finally:
+            self.schedule.close()
             if self.stepper is not None:
                 self.stepper.close()
 
@@ -176,9 +190,24 @@ class AdapterTrainer(Trainer):
             self._stop(f"the loss became {loss.item()}")
         if self.stepper is not None and self.stepper.refused:
             self._stop("a gradient became NaN or infinite")
+        self._losses.append(loss.detach())
         return loss
 
+    def _gradients_ready(self) -> None:
+        """All micro-batches are through: unscale, and let the schedules see the gradients before they are clipped."""
+        self.schedule.loss, self._losses = torch.stack(self._losses).sum(), []
+        if self.stepper is None:
+            self.accelerator.unscale_gradients()
+        self.schedule.scaler = self.accelerator.scaler
+        self.schedule.gradients_ready()
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        if not self.args.max_grad_norm > 0:
+            self._gradients_ready()
+        return super()._get_grad_norm(model, grad_norm=grad_norm)
+
     def _clip_grad_norm(self, model: nn.Module) -> Any:
+        self._gradients_ready()
         norm = super()._clip_grad_norm(model)
         # with fp16, the gradient scaler skips such a step and lowers its scale: that is its normal way of working
         if self.run.precision != "fp16" and not bool(torch.isfinite(torch.as_tensor(norm))):
@@ -211,6 +240,8 @@ class AdapterTrainer(Trainer):
             finally:
                 self._stage = None
             inner = stage / final.name
+            if self.args.should_save:
+                save_state(self.schedule, inner)
             for file in inner.iterdir():
                 os.replace(file, stage / file.name)
             inner.rmdir()
@@ -225,7 +256,15 @@ class AdapterTrainer(Trainer):
             save(self.model, Path(output_dir or self.args.output_dir) / ADAPTER, name=self.run.adapter)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._resumed = load_state(Path(resume_from_checkpoint))
+        if self._resumed is not None:
+            self.schedule.rebuild(self._resumed)
         self.reload(Path(resume_from_checkpoint) / ADAPTER)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As transformers'; while training, of what the schedules would deliver."""
+        with self.schedule.weights():
+            return super().evaluate(*args, **kwargs)
 
     def reload(self, folder: Path) -> None:
         """Replace the adapter's values by those saved in ``folder``; call it before the optimizer exists, or after the end."""
@@ -238,7 +277,7 @@ class AdapterTrainer(Trainer):
         if is_best and self.args.should_save:
             # superseded ones go only with the next checkpoint, so that a run resumed before it still finds its own
             self.state.best_global_step = self.state.global_step
-            with new_directory(self.best_folder()) as stage:
+            with new_directory(self.best_folder()) as stage, self.schedule.weights():
                 save(self.model, stage, name=self.run.adapter)
         return is_best
 

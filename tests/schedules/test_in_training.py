@@ -1,0 +1,99 @@
+"""Schedules in ``trimtab train``: the same moments, and runs that end in the same bytes wherever they are interrupted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import trimtab as tt
+from tiny_text import settings
+from trimtab.training import ConfigError, load_config, train
+from trimtab.training.trainer import AdapterTrainer
+
+LOG: list[str] = []
+MOMENTS = ("start", "groups", "step_begin", "extra_loss", "backward_end", "before_optimizer", "step_end", "step_done", "evaluate",
+           "finish", "close", "load_state_dict")  # fmt: skip
+
+
+@tt.schedule(paper="a test", tests=())
+class Noted(tt.Schedule):
+    """Writes down what is called."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in MOMENTS:
+            LOG.append(name)
+        return object.__getattribute__(self, name)
+
+
+def written(folder: Path) -> dict[str, torch.Tensor]:
+    (file,) = (folder / "adapter").glob("*.safetensors")
+    return load_file(file)
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+def test_moments_of_a_run(tmp_path: Path, max_grad_norm: float):
+    """Micro-batches of 4, two a step; one evaluation, at the end."""
+    LOG.clear()
+    config = settings(tmp_path, schedules=["Noted"], batch_size=4, accumulation=2, max_steps=3, max_grad_norm=max_grad_norm)
+    train(config)
+    step = ["step_begin", "extra_loss", "backward_end", "before_optimizer", "step_end", "step_done"]
+    assert LOG == ["start", "groups", *step * 3, "evaluate", "finish", "close"]
+
+
+def test_a_schedule_that_does_nothing_changes_no_byte(tmp_path: Path):
+    found = []
+    for name, given in (("without", []), ("with", ["Noted"])):
+        train(settings(tmp_path, schedules=given, output=str(tmp_path / name), epochs=1))
+        found.append(written(tmp_path / name))
+    assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
+
+
+def test_what_a_configuration_may_not_say(tmp_path: Path):
+    for given, message in (
+        (["Note"], "there is no schedule named 'Note'; nearest: Noted"),
+        ([{"name": "BilevelCompetition", "targe": 0.5}], "no argument 'targe'; nearest: target"),
+        ([{"name": "BilevelCompetition", "target": 2}], "at least 0 and below 1"),
+        (["BilevelCompetition"] * 2, "ilevelCompetition and BilevelCompetition both own rank"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_config(settings(tmp_path, schedules=given))
+    with pytest.raises(ConfigError, match="BilevelCompetition needs all of them"):
+        load_config(settings(tmp_path, schedules=["BilevelCompetition"], step_in_backward=True, max_grad_norm=0.0))
+    assert load_config(settings(tmp_path, schedules=["Noted"])).schedules == [{"name": "Noted"}]
+
+
+class Interrupted(BaseException):
+    """Stands for a kill: nothing in trimtab catches it."""
+
+
+def resumed(folder: Path, monkeypatch: pytest.MonkeyPatch, step: int, **changes: Any) -> tuple[dict, dict]:
+    """What an undisturbed run writes, and what one writes that was interrupted in ``step`` (0-based) and started again."""
+    run = {"batch_size": 4, "accumulation": 2, "max_steps": 6, "save_every": 2, "eval_every": 3, "warmup": 0.3, "dropout": 0.2}
+    config = settings(folder, **(run | changes))
+    train(config | {"output": str(folder / "whole")})
+    original = AdapterTrainer.training_step
+
+    def interrupted(self: AdapterTrainer, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == step:
+            raise Interrupted
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AdapterTrainer, "training_step", interrupted)
+        with pytest.raises(Interrupted):
+            train(config | {"output": str(folder / "again")})
+    train(config | {"output": str(folder / "again")})
+    return written(folder / "whole"), written(folder / "again")
+
+
+@pytest.mark.parametrize("step", [1, 3, 5])
+def test_snella_with_its_schedule_resumes_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int):
+    given = {"method": {"name": "SNELLA", "rank": 4}, "schedules": [{"name": "BilevelCompetition", "target": 0.7, "warmup": 1}]}
+    whole, again = resumed(tmp_path, monkeypatch, step, **given)
+    assert whole.keys() == again.keys() and all(torch.equal(whole[key], again[key]) for key in whole)
+    kept = {key: value for key, value in whole.items() if key.endswith(".kept")}
+    assert len(set(kept.values())) > 1  # the schedule has given different places different budgets
