@@ -309,7 +309,19 @@ def shapes_only(config: Any, site: Site, rng: torch.Generator, stored: Mapping[s
     twin.stored = stored or {}
     adapter = build_adapter(config, twin, rng)
     adapter.site = site
+    _resize(adapter, twin.stored)
     return adapter
+
+
+def _resize(adapter: Adapter, stored: Mapping[str, tuple[int, ...]]) -> None:
+    """Give it the stored number of ranks, which a schedule may have changed; the same one in all tensors that carry ranks."""
+    axes = type(adapter).rank_axes
+    if len({stored[name][dim] for name, dim in axes.items() if len(stored.get(name, ())) > dim}) != 1:
+        return
+    for name, dim in axes.items():
+        own = getattr(adapter, name)
+        if name in stored and stored[name][:dim] + stored[name][dim + 1 :] == own.shape[:dim] + own.shape[dim + 1 :]:
+            own.data = own.data.new_empty(stored[name])
 
 
 def find_module(root: nn.Module, path: str) -> nn.Module:
