@@ -165,7 +165,7 @@ def test_bad_input():
         BilevelCompetition(0.0).start(net(), steps=10)
     with pytest.raises(ValueError, match="at least 1"):
         BilevelCompetition(0.5).start(net(), steps=0)
-    with pytest.raises(tt.NoMatch, match="SNELLA"):
+    with pytest.raises(tt.Unsupported, match="SNELLA"):
         BilevelCompetition(0.5).start(nn.Sequential(nn.Linear(3, 3)), steps=10)
     schedule, other = BilevelCompetition(0.5), BilevelCompetition(0.5)
     schedule.start(net(), steps=10)

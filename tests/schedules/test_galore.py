@@ -50,7 +50,7 @@ def test_steps_by_hand():
             s.step()
         state = optimizer.state[tt.parameters(model)[0]]
         assert state["exp_avg"].shape == (3, 12)
-    p, m, v = W, torch.zeros(3, 12), torch.zeros(3, 12)
+    p, P, m, v = W, torch.empty(0), torch.zeros(3, 12), torch.zeros(3, 12)
     for t, G in enumerate(gradients, 1):
         P = basis(G, 3) if t % 2 else P
         R = P.t() @ G

@@ -386,8 +386,11 @@ def _fill(adapters: list[Adapter], tensors: dict[str, Tensor], source: str) -> N
                     ShapeMismatch(f"{prefix + key} is {tuple(found.shape)} in {source}, {tuple(wanted.shape)} is needed")
                 )
             else:
-                # one storage stays one storage
-                values[key] = shared.setdefault(id(found), found.to(adapter.site.device))
+                # one storage stays one storage, but not the file's: its tensors start at odd addresses, on which the order of
+                # vectorised sums depends, so that a resumed run would differ in the last bits
+                if id(found) not in shared:
+                    shared[id(found)] = found.to(adapter.site.device, copy=True)
+                values[key] = shared[id(found)]
         if not problems:
             adapter.load_state_dict(values, strict=True, assign=True)
             adapter.rebuild()

@@ -80,11 +80,6 @@ class CheckpointAveraging(Schedule):
         self._total: Tensor | float = 0.0
         self._count = 0
 
-    def due(self) -> bool:
-        """Whether the step that is done is a checkpoint of the average."""
-        left = -self.step if self.steps is None else self.steps - self.step
-        return left % self.interval == 0 and (self.last is None or left < self.last * self.interval)
-
     @torch.no_grad()
     def step_done(self) -> None:
         """Take the loss, and where it is due the adapters.
@@ -94,13 +89,16 @@ class CheckpointAveraging(Schedule):
         """
         if self.services.loss is not None:
             self._total, self._count = self._total + self.services.loss.double(), self._count + 1
-        if not self.due():
+        left = -self.step if self.steps is None else self.steps - self.step
+        if left % self.interval:
             return
         if self.by == "loss" and self.scheme in ("power", "softmax") and not self._count:
             raise ValueError('CheckpointAveraging weighs by loss, and the loop does not tell it: s.step(loss), or by="step"')
         value = float(self._total) / max(1, self._count) if self.by == "loss" and self._count else float(self.step)
-        self.values.append(value)
         self._total, self._count = 0.0, 0
+        if self.last is not None and left >= self.last * self.interval:
+            return  # a checkpoint like the others, and too early to count
+        self.values.append(value)
         share = self.weights_so_far()[-1]
         for key, p in self.parameters.items():
             wide = p.detach().to(torch.promote_types(p.dtype, torch.float32))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trimtab.core.errors import NoMatch
+from trimtab.core.errors import Unsupported
 from trimtab.methods.reparameterized.snella import SNELLAAdapter
 from trimtab.schedules.contract import Schedule
 from trimtab.schedules.importance import Importance, check_betas
@@ -109,13 +109,13 @@ class BilevelCompetition(Schedule):
         """Find the places that compete.
 
         Raises:
-            NoMatch: the model has no SNELLA adapter that competes.
+            Unsupported: the model has no SNELLA adapter that competes.
             ValueError: the phases do not fit in ``steps``, or the target is below the sparsity at the start.
         """
         super().start(model, steps=steps)
         self.places = {name: m for name, m in model.named_modules() if isinstance(m, SNELLAAdapter) and not m.config.dense}
         if not self.places:
-            raise NoMatch("BilevelCompetition needs SNELLA adapters; tt.attach(model, tt.SNELLA()) first")
+            raise Unsupported("BilevelCompetition gives out the entries of SNELLA adapters; tt.attach(model, tt.SNELLA()) first")
         if steps <= self.warmup + self.final:
             raise ValueError(f"{steps} steps leave none between warmup={self.warmup} and final={self.final}")
         capacity = sum(place.capacity for place in self.places.values())

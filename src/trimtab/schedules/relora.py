@@ -55,7 +55,8 @@ def jagged_cosine(step: int, *, steps: int, warmup: int, every: int, rewarm: int
 class ReLoRA(Schedule):
     """LoRA that restarts: what it has learnt moves into the base, and a fresh pair of factors goes on.
 
-    Not for short runs, and not where the adapter must stay small: what is delivered has the ranks of all restarts.
+    Not for short runs, and not where the adapter must stay small: what is delivered has the ranks of all restarts. An adapter saved
+    in between is the last pair of factors, beside a base that is written: load it with ``check_base=False``.
 
     Args:
         every: N, steps between two restarts.
