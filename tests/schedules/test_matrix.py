@@ -83,7 +83,7 @@ def test_trains_and_resumes_or_says_why_not(entry, given, method, variant, tmp_p
     whole, again = run(model, [entry.schedule(**given)], [entry.schedule(**given)], ["default"], tmp_path)
     assert whole.keys() == again.keys() and all(torch.equal(whole[key], again[key]) for key in whole)
     start = pristine.state_dict()
-    assert any(key not in start or value.shape != start[key].shape or not torch.equal(value, start[key]) for key, value in whole.items())
+    assert any(value.shape != start[key].shape or not torch.equal(value, start[key]) for key, value in whole.items())
 
 
 def run(model: nn.Module, first: list, second: list, names: list[str], folder: Path) -> tuple[dict, dict]:

@@ -31,7 +31,7 @@ from trimtab.core.kinds import module_site, site_for
 from trimtab.core.registry import config_from_dict, config_to_dict
 from trimtab.core.selection import Place
 from trimtab.core.site import Cohort, Rows, Site
-from trimtab.core.state import adapter_group, shapes_by_place, state_of, tensors_of, unwrap
+from trimtab.core.state import adapter_group, resize, shapes_by_place, state_of, tensors_of, unwrap
 
 __all__ = ["FORMATS", "load", "read_manifest", "save"]
 
@@ -309,19 +309,8 @@ def shapes_only(config: Any, site: Site, rng: torch.Generator, stored: Mapping[s
     twin.stored = stored or {}
     adapter = build_adapter(config, twin, rng)
     adapter.site = site
-    _resize(adapter, twin.stored)
+    resize(adapter, twin.stored)
     return adapter
-
-
-def _resize(adapter: Adapter, stored: Mapping[str, tuple[int, ...]]) -> None:
-    """Give it the stored number of ranks, which a schedule may have changed; the same one in all tensors that carry ranks."""
-    axes = type(adapter).rank_axes
-    if len({stored[name][dim] for name, dim in axes.items() if len(stored.get(name, ())) > dim}) != 1:
-        return
-    for name, dim in axes.items():
-        own = getattr(adapter, name)
-        if name in stored and stored[name][:dim] + stored[name][dim + 1 :] == own.shape[:dim] + own.shape[dim + 1 :]:
-            own.data = own.data.new_empty(stored[name])
 
 
 def find_module(root: nn.Module, path: str) -> nn.Module:
@@ -386,11 +375,10 @@ def _fill(adapters: list[Adapter], tensors: dict[str, Tensor], source: str) -> N
                     ShapeMismatch(f"{prefix + key} is {tuple(found.shape)} in {source}, {tuple(wanted.shape)} is needed")
                 )
             else:
-                # one storage stays one storage, but not the file's: its tensors start at odd addresses, on which the order of
-                # vectorised sums depends, so that a resumed run would differ in the last bits
-                if id(found) not in shared:
-                    shared[id(found)] = found.to(adapter.site.device, copy=True)
-                values[key] = shared[id(found)]
+                # one storage stays one storage, but not the file's: its tensors start at odd addresses, on which the order
+                # of vectorised sums depends, so that a resumed run would differ in the last bits
+                fresh = None if id(found) in shared else found.to(adapter.site.device, copy=True)
+                values[key] = shared.setdefault(id(found), fresh)
         if not problems:
             adapter.load_state_dict(values, strict=True, assign=True)
             adapter.rebuild()

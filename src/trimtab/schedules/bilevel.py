@@ -78,6 +78,8 @@ def _proportional(shares: Sequence[float], capacities: Sequence[int], budget: in
 class BilevelCompetition(Schedule):
     """The schedule of SNELLA: from its nearly dense start to ``target``, place by place.
 
+    Not for ``tt.SNELLA(dense=True)``, where no entry competes.
+
     Args:
         target: the share of entries that are zero at the end, over all places together.
         warmup: steps before the budget shrinks.
