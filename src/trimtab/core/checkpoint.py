@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -270,7 +270,8 @@ def _read_tensors(folder: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
     if _hash(file) != manifest["sha256"]:
         raise CheckpointMismatch(f"{file} is damaged or was changed: its SHA-256 is not the manifest's; restore it from a copy")
     try:
-        tensors = load_file(file)
+        # cloned, since the file's stand at odd addresses, where vectorised sums differ in their last bits
+        tensors = {key: value.clone() for key, value in load_file(file).items()}
     except SafetensorError as error:
         raise CheckpointMismatch(f"{file} is no readable safetensors file: {error}") from None
     for key, source in manifest["aliases"].items():
@@ -375,10 +376,8 @@ def _fill(adapters: list[Adapter], tensors: dict[str, Tensor], source: str) -> N
                     ShapeMismatch(f"{prefix + key} is {tuple(found.shape)} in {source}, {tuple(wanted.shape)} is needed")
                 )
             else:
-                # one storage stays one storage, but not the file's: its tensors start at odd addresses, on which the order
-                # of vectorised sums depends, so that a resumed run would differ in the last bits
-                fresh = None if id(found) in shared else found.to(adapter.site.device, copy=True)
-                values[key] = shared.setdefault(id(found), fresh)
+                # one storage stays one storage
+                values[key] = shared.setdefault(id(found), found.to(adapter.site.device))
         if not problems:
             adapter.load_state_dict(values, strict=True, assign=True)
             adapter.rebuild()
@@ -396,7 +395,6 @@ def inspect(path: str | os.PathLike) -> dict[str, Any]:
     """The manifest, after checking the tensors' file against it; needs no model."""
     manifest = read_manifest(Path(path))
     tensors = _read_tensors(Path(path), manifest)
-    stored: Sequence[str] = sorted(tensors)
-    if stored != sorted(manifest["tensors"]):
+    if sorted(tensors) != sorted(manifest["tensors"]):
         raise CheckpointMismatch(f"{path} is damaged: its tensors are not those that the manifest lists")
     return manifest
