@@ -77,6 +77,18 @@ def test_eval_predicts_texts_and_train_refuses_another_configuration(
     assert main(["train", "c.yaml", "epochs=3", "--overwrite"]) == 0
 
 
+def test_schedules_and_the_page_of_one(capsys: pytest.CaptureFixture):
+    assert main(["schedules"]) == 0
+    listed = capsys.readouterr().out
+    assert "IST" in listed and "LoRAPlus" in listed and "trainability" in listed
+    assert main(["schedules", "IST"]) == 0
+    assert "uniform" in capsys.readouterr().out
+    assert main(["schedules", "--json"]) == 0
+    assert '"schedule": "CheckpointAveraging"' in capsys.readouterr().out
+    assert main(["schedules", "ISTT"]) == 2
+    assert "nearest: IST" in capsys.readouterr().err
+
+
 def test_a_methods_page_and_all_pages(tmp_path: Path, capsys: pytest.CaptureFixture):
     assert main(["methods", "LoRA"]) == 0
     shown = capsys.readouterr().out

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 
 import pytest
 
+from trimtab import schedules
 from trimtab.core import registry
-from trimtab.report.pages import page, pages
+from trimtab.report.pages import page, pages, schedule_page
 
 OURS = [entry for entry in registry.entries() if entry.adapter.__module__.startswith("trimtab.")]
 
@@ -35,3 +37,15 @@ def test_a_page_shows_the_arguments_of_its_source():
     text = page(registry.entry("LoRA"))
     assert "[arXiv:2106.09685](https://arxiv.org/abs/2106.09685)" in text and "| `rank` | `8` |" in text
     assert "2, 4, 8, 16, 32, 64" in text and "::" not in text
+
+
+@pytest.mark.parametrize("entry", schedules.entries(), ids=lambda entry: entry.name)
+def test_a_schedule_s_page_tells_everything(entry):
+    if not entry.schedule.__module__.startswith("trimtab."):
+        pytest.skip("a schedule of another test file")
+    text = schedule_page(entry)
+    assert entry.summary.replace("``", "`") in text and "arxiv.org/abs/" in text
+    assert "Not " in " ".join((entry.schedule.__doc__ or "").split()), f"{entry.name} does not say when not to use it"
+    for name in inspect.signature(entry.schedule).parameters:
+        (row,) = (line for line in text.splitlines() if line.startswith(f"| `{name}` |"))
+        assert len(row.split(" | ")[2].strip()) > 10, f"{entry.name}.{name} has no description"

@@ -92,7 +92,7 @@ def test_scores_are_the_two_averages():
             for factor in (each.a, each.b):
                 factor.grad = size / factor.detach()
         schedule.step_end()
-        found.append([float(t[0].flatten()[0]) for t in (schedule.average[name], schedule.spread[name])])
+        found.append([float(t[0].flatten()[0]) for t in (schedule.importance.average[name], schedule.importance.spread[name])])
     torch.testing.assert_close(torch.tensor(found).t(), torch.tensor([[0.15, 0.4275, 0.363375], [0.1275, 0.34425, 0.347119]]),
                                atol=1e-5, rtol=0)  # fmt: skip
     products = [i * u for i, u in found]
@@ -109,7 +109,7 @@ def test_a_step_with_infinite_gradients_is_left_out():
         each.a.grad, each.b.grad = torch.full_like(each.a, float("inf")), torch.zeros_like(each.b)
     with pytest.raises(RuntimeError, match="no place has had a finite gradient"):
         schedule.step_end()
-    assert all(not t.any() for pair in schedule.average.values() for t in pair)
+    assert all(not t.any() for pair in schedule.importance.average.values() for t in pair)
 
 
 def test_the_budget_is_met_and_nothing_is_lost_by_resuming():
@@ -165,7 +165,7 @@ def test_bad_input():
         BilevelCompetition(0.0).start(net(), steps=10)
     with pytest.raises(ValueError, match="at least 1"):
         BilevelCompetition(0.5).start(net(), steps=0)
-    with pytest.raises(tt.NoMatch, match="SNELLA"):
+    with pytest.raises(tt.Unsupported, match="SNELLA"):
         BilevelCompetition(0.5).start(nn.Sequential(nn.Linear(3, 3)), steps=10)
     schedule, other = BilevelCompetition(0.5), BilevelCompetition(0.5)
     schedule.start(net(), steps=10)

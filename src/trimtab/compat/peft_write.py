@@ -86,7 +86,7 @@ def _native(adapters: list[Adapter]) -> _Form | None:
     """peft's own form of the method, if it has one and can express all places."""
     methods = {type(a.config).__name__ for a in adapters}
     twin = next((t for t in TWINS.values() if methods <= set(t.methods)), None)
-    if twin is None or any(a.site.rows is not None or layer_of(a.site) not in twin.layers for a in adapters):
+    if twin is None or any(a.site.rows is not None or a.resized or layer_of(a.site) not in twin.layers for a in adapters):
         return None
     each = {a.site.path: twin.write(a.config) for a in adapters}
     common = twin.pack_common(adapters)
@@ -163,6 +163,8 @@ def _low_rank(adapters: list[Adapter], name: str) -> _Form:
     each, tensors = {}, {}
     for path, (site, bs, as_) in parts.items():
         b, a = torch.cat(bs, dim=1), torch.cat(as_)
+        if not a.shape[0]:  # all ranks were cut: peft knows no rank of 0
+            b, a = b.new_zeros(b.shape[0], 1), a.new_zeros(1, a.shape[1])
         each[path] = {
             "r": a.shape[0], "lora_alpha": a.shape[0], "lora_dropout": 0.0, "init_lora_weights": True,
             "use_rslora": False, "use_dora": False, "bias": "none",

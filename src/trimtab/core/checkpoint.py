@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from trimtab.core.kinds import module_site, site_for
 from trimtab.core.registry import config_from_dict, config_to_dict
 from trimtab.core.selection import Place
 from trimtab.core.site import Cohort, Rows, Site
-from trimtab.core.state import adapter_group, shapes_by_place, state_of, tensors_of, unwrap
+from trimtab.core.state import adapter_group, resize, shapes_by_place, state_of, tensors_of, unwrap
 
 __all__ = ["FORMATS", "load", "read_manifest", "save"]
 
@@ -270,7 +270,8 @@ def _read_tensors(folder: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
     if _hash(file) != manifest["sha256"]:
         raise CheckpointMismatch(f"{file} is damaged or was changed: its SHA-256 is not the manifest's; restore it from a copy")
     try:
-        tensors = load_file(file)
+        # cloned, since the file's stand at odd addresses, where vectorised sums differ in their last bits
+        tensors = {key: value.clone() for key, value in load_file(file).items()}
     except SafetensorError as error:
         raise CheckpointMismatch(f"{file} is no readable safetensors file: {error}") from None
     for key, source in manifest["aliases"].items():
@@ -309,6 +310,7 @@ def shapes_only(config: Any, site: Site, rng: torch.Generator, stored: Mapping[s
     twin.stored = stored or {}
     adapter = build_adapter(config, twin, rng)
     adapter.site = site
+    resize(adapter, twin.stored)
     return adapter
 
 
@@ -393,7 +395,6 @@ def inspect(path: str | os.PathLike) -> dict[str, Any]:
     """The manifest, after checking the tensors' file against it; needs no model."""
     manifest = read_manifest(Path(path))
     tensors = _read_tensors(Path(path), manifest)
-    stored: Sequence[str] = sorted(tensors)
-    if stored != sorted(manifest["tensors"]):
+    if sorted(tensors) != sorted(manifest["tensors"]):
         raise CheckpointMismatch(f"{path} is damaged: its tensors are not those that the manifest lists")
     return manifest

@@ -96,8 +96,8 @@ class Adapter(nn.Module):
         needs_gradient: whether starting it needs dL/dW (``attach(..., loss=...)``).
         gradient_power: what ``site.gradient`` sums over the batches then: 1, gradients; 2, their squares.
         identity_at_start: whether the adapted model equals the base before the first step.
-        rank_axes: of a method whose ranks can be cut one by one, the parameters that carry them, each with the axis: 0 for a
-            factor (r, in), 1 for (out, r). Sizes are then read off the tensors, and scales off the config.
+        rank_axes: of a method whose ranks can be cut one by one, the parameters and buffers that carry them, each with the
+            axis: 0 for a factor (r, in), 1 for (out, r). Sizes are then read off the tensors, and scales off ``config.rank``.
     """
 
     targets: ClassVar[str] = "linear"
@@ -170,6 +170,11 @@ class Adapter(nn.Module):
         if self.site.is_meta:
             return torch.empty(value.shape, device="meta", dtype=self.site.adapter_dtype)
         return value.detach().to(device=self.site.device, dtype=self.site.adapter_dtype).clone()
+
+    @property
+    def resized(self) -> bool:
+        """Whether a schedule has cut (or joined) ranks, so that there are not ``config.rank`` of them."""
+        return any(getattr(self, name).shape[dim] != self.config.rank for name, dim in self.rank_axes.items())
 
     def rebuild(self) -> None:
         """Recreate non-persistent buffers from config and site; called after a load. Default: there are none."""

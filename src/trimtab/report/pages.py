@@ -1,5 +1,6 @@
-"""One page a method, from the registry and the docstrings: formula and source from the method's file, when not to use it and
-the arguments from its config. Nothing is written by hand, so nothing can go stale; ``trimtab methods NAME`` prints a page.
+"""One page a method or schedule, from the registries and the docstrings: formula and source from its file, when not to use it
+and the arguments from its config. Nothing is written by hand, so nothing can go stale; ``trimtab methods NAME`` and
+``trimtab schedules NAME`` print a page.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import sys
 from trimtab.core import registry
 from trimtab.core.contracts import Span
 from trimtab.core.registry import MethodEntry
+from trimtab.schedules.registry import ScheduleEntry
 
-__all__ = ["page", "pages"]
+__all__ = ["page", "pages", "schedule_page"]
 
 
 def _markdown(text: str) -> str:
@@ -34,20 +36,38 @@ def _space(choices: object) -> str:
     return ", ".join(map(str, choices))
 
 
+def _told(doc: str | None) -> tuple[str, dict[str, str]]:
+    """What a class's docstring says before its arguments, and of each argument."""
+    about, _, arguments = inspect.cleandoc(doc or "").partition("\nArgs:\n")
+    found = {m[1]: " ".join(m[2].split()) for m in re.finditer(r"^    (\w+(?:, \w+)*): ((?:.|\n(?=     ))+)", arguments, re.M)}
+    return about, {name: text.replace("``", "`").replace("|", "\\|") for names, text in found.items() for name in names.split(", ")}
+
+
+def schedule_page(entry: ScheduleEntry) -> str:
+    """The page of one schedule."""
+    cls, module = entry.schedule, sys.modules[entry.schedule.__module__]
+    about, meaning = _told(cls.__doc__)
+    lines = [f"# {entry.name}", "", _markdown(about), f"Source: {_source(entry.paper)}", "", _markdown(module.__doc__ or "")]
+    arguments = inspect.signature(cls).parameters.values()
+    if arguments:
+        lines += ["## Arguments", "", "| name | default | meaning |", "|---|---|---|"]
+        lines += [f"| `{a.name}` | `{a.default!r}` | {meaning.get(a.name, '')} |" for a in arguments] + [""]
+    owns = ", ".join(sorted(cls.owns)) or "nothing"
+    lines += [f"Of what one schedule of a run at most may change, it changes: {owns}.", ""]
+    return "\n".join(lines)
+
+
 def page(entry: MethodEntry) -> str:
     """The page of one method."""
     config, module = entry.config, sys.modules[entry.adapter.__module__]
-    about, _, arguments = inspect.cleandoc(config.__doc__ or "").partition("\nArgs:\n")
+    about, meaning = _told(config.__doc__)
     lines = [f"# {entry.name}", "", _markdown(about), f"Source: {_source(entry.paper)}", "", _markdown(module.__doc__ or "")]
     fields = dataclasses.fields(config)
     if fields:
-        told = {m[1]: " ".join(m[2].split()) for m in re.finditer(r"^    (\w+(?:, \w+)*): ((?:.|\n(?=     ))+)", arguments, re.M)}
-        meaning = {name: text for names, text in told.items() for name in names.split(", ")}
         lines += ["## Arguments", "", "| name | default | meaning | worth searching |", "|---|---|---|---|"]
         for field in fields:
             found = _space(config.search[field.name]) if field.name in config.search else ""
-            text = meaning.get(field.name, "").replace("``", "`").replace("|", "\\|")
-            lines.append(f"| `{field.name}` | `{field.default!r}` | {text} | {found} |")
+            lines.append(f"| `{field.name}` | `{field.default!r}` | {meaning.get(field.name, '')} | {found} |")
         lines.append("")
     lines += [f"Learning rates worth searching (Adam): {_space(config.learning_rate)}.", ""]
     return "\n".join(lines)

@@ -1,11 +1,9 @@
 """SNELLA's bi-level competition: places compete for a shrinking budget of entries, entries compete inside their place.
 
-After every step, for every factor: ``I = |theta grad|``, ``I_bar <- b1 I_bar + (1 - b1) I`` and then
-``U_bar <- b2 U_bar + (1 - b2) |I - I_bar|``; a place's score is the sum over its factors of ``mean(I_bar U_bar)``. At step i of T,
-between warm-up w_i and final phase w_f, ``n(i) = floor(n1 + (n0 - n1) (1 - (i - w_i) / (T - w_f - w_i))^3)`` entries may differ
-from zero; they are given out in proportion to the scores, no place more than it has. Inside a place its threshold does the rest, at
-every forward.
-Source: arXiv 2510.24037 and its code; the score is AdaLoRA's (arXiv 2303.10512, Eqs. 8-10).
+A place's score is the sum over its factors of the mean importance (schedules/importance.py). At step i of T, between warm-up
+w_i and final phase w_f, ``n(i) = floor(n1 + (n0 - n1) (1 - (i - w_i) / (T - w_f - w_i))^3)`` entries may differ from zero; they
+are given out in proportion to the scores, no place more than it has. Inside a place its threshold does the rest, at every
+forward. Source: arXiv 2510.24037 and its code; the score is AdaLoRA's (arXiv 2303.10512, Eqs. 8-10).
 """
 
 from __future__ import annotations
@@ -17,9 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from trimtab.core.errors import NoMatch
+from trimtab.core.errors import Unsupported
 from trimtab.methods.reparameterized.snella import SNELLAAdapter
 from trimtab.schedules.contract import Schedule
+from trimtab.schedules.importance import Importance, check_betas
 from trimtab.schedules.registry import schedule
 
 __all__ = ["BilevelCompetition", "cubic_budget", "fill"]
@@ -79,6 +78,8 @@ def _proportional(shares: Sequence[float], capacities: Sequence[int], budget: in
 class BilevelCompetition(Schedule):
     """The schedule of SNELLA: from its nearly dense start to ``target``, place by place.
 
+    Not for ``tt.SNELLA(dense=True)``, where no entry competes.
+
     Args:
         target: the share of entries that are zero at the end, over all places together.
         warmup: steps before the budget shrinks.
@@ -100,8 +101,7 @@ class BilevelCompetition(Schedule):
             raise ValueError(f"the target sparsity must be at least 0 and below 1, found {target!r}")
         if warmup < 0 or final < 0 or interval < 1:
             raise ValueError(f"warmup and final must be at least 0, interval at least 1; found {warmup}, {final}, {interval}")
-        if not all(0 < b < 1 for b in betas):
-            raise ValueError(f"the betas must lie between 0 and 1, found {betas!r}")
+        check_betas(betas)
         if metric not in ("sensitivity", "magnitude"):
             raise ValueError(f"metric must be 'sensitivity' or 'magnitude', found {metric!r}")
         self.target, self.warmup, self.final, self.interval = target, warmup, final, interval
@@ -111,13 +111,13 @@ class BilevelCompetition(Schedule):
         """Find the places that compete.
 
         Raises:
-            NoMatch: the model has no SNELLA adapter that competes.
+            Unsupported: the model has no SNELLA adapter that competes.
             ValueError: the phases do not fit in ``steps``, or the target is below the sparsity at the start.
         """
         super().start(model, steps=steps)
         self.places = {name: m for name, m in model.named_modules() if isinstance(m, SNELLAAdapter) and not m.config.dense}
         if not self.places:
-            raise NoMatch("BilevelCompetition needs SNELLA adapters; tt.attach(model, tt.SNELLA()) first")
+            raise Unsupported("BilevelCompetition gives out the entries of SNELLA adapters; tt.attach(model, tt.SNELLA()) first")
         if steps <= self.warmup + self.final:
             raise ValueError(f"{steps} steps leave none between warmup={self.warmup} and final={self.final}")
         capacity = sum(place.capacity for place in self.places.values())
@@ -127,9 +127,8 @@ class BilevelCompetition(Schedule):
             raise ValueError(
                 f"the target sparsity {self.target} is below the start's, {1 - self.first / capacity:.4g}: the budget would grow"
             )
-        self.average = {name: [torch.zeros_like(f) for f in (p.a, p.b)] for name, p in self.places.items()}
-        self.spread = {name: [torch.zeros_like(f) for f in (p.a, p.b)] for name, p in self.places.items()}
-        self.seen = 0
+        factors = {name: (place.a, place.b) for name, place in self.places.items()}
+        self.importance = Importance(factors, self.betas, magnitude=self.metric == "magnitude")
 
     @torch.no_grad()
     def step_end(self) -> None:
@@ -139,36 +138,18 @@ class BilevelCompetition(Schedule):
             RuntimeError: the budget is due, and no step had finite gradients.
         """
         super().step_end()
-        self._observe()
+        self.importance.observe()
         if self.step > self.warmup and (self.step % self.interval == 0 or self.step == self.steps):
             self.allocate(cubic_budget(self.step, self.steps, self.warmup, self.final, self.first, self.last))
 
-    def _observe(self) -> None:
-        factors = [f for place in self.places.values() for f in (place.a, place.b)]
-        if self.metric == "magnitude":
-            new = [f.detach().abs() for f in factors]
-        else:
-            if any(f.grad is None for f in factors):
-                return
-            new = [(f * f.grad).abs() for f in factors]
-            if not bool(torch.stack([n.sum() for n in new]).isfinite().all()):
-                return  # a step that a gradient scaler skips: an infinite score would never go away
-        average = [t for name in self.places for t in self.average[name]]
-        spread = [t for name in self.places for t in self.spread[name]]
-        torch._foreach_lerp_(average, new, 1 - self.betas[0])
-        gap = torch._foreach_sub(new, average)
-        torch._foreach_abs_(gap)
-        torch._foreach_lerp_(spread, gap, 1 - self.betas[1])
-        self.seen += 1
-
     def scores(self) -> list[float]:
         """The scores of the places, in the model's order."""
-        pairs = [zip(self.average[name], self.spread[name], strict=True) for name in self.places]
-        return torch.stack([sum((i * u).double().mean() for i, u in pair) for pair in pairs]).tolist()
+        found = [self.importance.scores(name) for name in self.places]
+        return torch.stack([sum(score.double().mean() for score in each) for each in found]).tolist()
 
     def allocate(self, budget: int) -> list[int]:
         """Give ``budget`` entries out by the scores so far; returns what each place got."""
-        if not self.seen:
+        if not self.importance.seen:
             raise RuntimeError(
                 "the budget is due and no place has had a finite gradient yet; call step_end() after backward and before the "
                 "gradients are cleared, or set warmup"
@@ -179,11 +160,8 @@ class BilevelCompetition(Schedule):
         return given
 
     def state_dict(self) -> dict[str, Any]:
-        copies = lambda found: {name: [t.clone() for t in pair] for name, pair in found.items()}  # noqa: E731
         kept = {name: int(place.kept) for name, place in self.places.items()}
-        return super().state_dict() | {
-            "average": copies(self.average), "spread": copies(self.spread), "seen": self.seen, "kept": kept,
-        }  # fmt: skip
+        return super().state_dict() | self.importance.state_dict() | {"kept": kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a stored state.
@@ -191,13 +169,7 @@ class BilevelCompetition(Schedule):
         Raises:
             ValueError: it is of other places.
         """
-        if set(state["average"]) != set(self.places):
-            raise ValueError(f"the stored schedule is of other places: {sorted(set(state['average']) ^ set(self.places))[:5]}")
+        self.importance.load_state_dict(state)
         super().load_state_dict(state)
-        self.seen = state["seen"]
         for name, place in self.places.items():
-            for own, stored in ((self.average, state["average"]), (self.spread, state["spread"])):
-                for mine, theirs in zip(own[name], stored[name], strict=True):
-                    mine.copy_(theirs)
             place.kept.fill_(state["kept"][name])
-

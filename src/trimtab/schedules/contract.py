@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 __all__ = ["OWNERSHIPS", "Schedule"]
 
 #: what one schedule of a run at most may own
-OWNERSHIPS = ("trainability", "rank", "weights", "rates")
+OWNERSHIPS = ("trainability", "rank", "weights", "rates", "delivery")
 
 Group = dict[str, Any]
 
@@ -54,7 +54,7 @@ class Schedule:
 
     Class attributes:
         owns: of ``OWNERSHIPS``, what it alone may change: which parameters learn, ranks, values besides the optimizer's
-            step, learning rates of groups.
+            step, learning rates of groups, and what is delivered in place of the last step's values.
         whole_gradients: whether it needs all gradients of a step at once, so that a step inside backward is refused.
         needs_steps: whether it must know the length of the run.
 
@@ -123,7 +123,7 @@ class Schedule:
         return 1.0
 
     def step_end(self) -> None:
-        """The optimizer has stepped; the gradients still stand. Call ``super().step_end`` first."""
+        """The optimizer has stepped; gradients, and the step's learning rates, still stand. Call ``super().step_end`` first."""
         self.step += 1
 
     def step_skipped(self) -> None:

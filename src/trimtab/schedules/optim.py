@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from trimtab.core.errors import Unsupported
 
-__all__ = ["drop_state", "forget", "move_state", "plain", "regroup", "reset_state", "reslice"]
+__all__ = ["drop_state", "exchange", "forget", "move_state", "plain", "regroup", "reset_state", "reslice"]
 
 
 def plain(optimizer: Any) -> Optimizer:
@@ -48,10 +48,10 @@ def drop_state(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None
 
 
 def move_state(optimizer: Optimizer, parameters: Iterable[nn.Parameter], device: torch.device | str | None) -> None:
-    """Move the state tensors of the parameters' own shapes to ``device``; None: to each parameter's."""
+    """Move state tensors, but for single numbers, to ``device``; None: to each parameter's."""
     for p in parameters:
         for key, value in optimizer.state.get(p, {}).items():
-            if isinstance(value, Tensor) and value.shape == p.shape:
+            if isinstance(value, Tensor) and value.dim():
                 optimizer.state[p][key] = value.to(p.device if device is None else device)
 
 
@@ -103,4 +103,15 @@ def reslice(optimizer: Optimizer | None, p: nn.Parameter, dim: int, index: Tenso
         for key, value in optimizer.state.get(p, {}).items():
             if isinstance(value, Tensor) and value.shape == p.shape:
                 optimizer.state[p][key] = value.index_select(dim, index.to(value.device))
-    p.data = p.data.index_select(dim, index)
+    exchange(p, p.data.index_select(dim, index))
+
+
+def exchange(p: Tensor, data: Tensor) -> None:
+    """Give a parameter or buffer other data, of any shape; the object stays the same.
+
+    A graph of the last step that the loop still holds keeps autograd's accumulation node alive, with the old shape. torch
+    makes a new one when the dtype changes: hence the detour.
+    """
+    if data.shape != p.shape:
+        p.data = data.new_empty(0, dtype=torch.float16 if data.dtype != torch.float16 else torch.float32)
+    p.data = data

@@ -94,7 +94,7 @@ class Run:
         self._begun = self._ready = self._skipping = self._stepped = self._stepping = False
         self._running = self._closed = False
         self._loop_steps: bool | None = None  # whether the loop calls optimizer.step() itself; None: not seen yet
-        self._rates: list[Any] | None = None
+        self._rates: list[Any] = []
         self._refuse_ddp()
 
     # -- the run's ends
@@ -135,7 +135,7 @@ class Run:
     def finish(self) -> None:
         """After the last step."""
         self._running = False
-        for each in self.schedules:
+        for each in self._deliverers:
             each.finish()
 
     def close(self) -> None:
@@ -234,8 +234,8 @@ class Run:
         for each in self.schedules:
             each.before_optimizer()
         factor = math.prod(each.rate_factor() for each in self.schedules)
+        self._rates = [group["lr"] for group in self.optimizer.param_groups]
         if factor != 1:
-            self._rates = [group["lr"] for group in self.optimizer.param_groups]
             for group in self.optimizer.param_groups:
                 group["lr"] = group["lr"] * factor
 
@@ -243,15 +243,12 @@ class Run:
         """The optimizer has stepped."""
         if self._skipping:
             return
-        if self._rates is not None:
-            for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
-                group["lr"] = rate
-            self._rates = None
         self._stepped = True
-        if not self._stepping:
-            self._loop_steps = True
+        self._loop_steps = not self._stepping
         for each in self.schedules:
             each.step_end()
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate
 
     def _add_extra(self) -> None:
         """The gradients of the extra losses, added beside autograd's own accumulation, which DDP and hooks watch."""
@@ -269,9 +266,15 @@ class Run:
         return self.scaler is not None and self.scaler.is_enabled()
 
     def _finite(self) -> bool:
-        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        held = (p.grad for group in self.optimizer.param_groups for p in group["params"])
+        gradients = [g for g in held if g is not None and g.numel()]
         largest = torch._foreach_norm(gradients, ord=math.inf) if gradients else []
         return all(bool(torch.isfinite(each)) for each in largest)
+
+    @property
+    def _deliverers(self) -> list[Schedule]:
+        """The schedules in the order in which they make what is delivered: other values first, then other shapes."""
+        return sorted(self.schedules, key=lambda each: "delivery" not in each.owns)
 
     def evaluate(self, metrics: Mapping[str, float]) -> None:
         """Tell the schedules what an evaluation gave, while the run lasts."""
@@ -285,7 +288,7 @@ class Run:
         After the run they are that anyway.
         """
         with ExitStack() as stack:
-            for each in self.schedules if self._running else ():
+            for each in self._deliverers if self._running else ():
                 stack.enter_context(each.weights())
             yield
 
@@ -354,13 +357,13 @@ class Run:
         axes = type(adapter).rank_axes
         if not axes:
             raise Unsupported(f"{type(adapter.config).__name__} has no ranks that a schedule could cut (at {adapter.site.name})")
-        if self.ddp:
+        if self.ddp and self._running:
             raise Unsupported("ranks cannot be cut inside DDP, whose buckets have the old shapes; cut them in finish, unwrapped")
         for name, dim in axes.items():
-            parameter = getattr(adapter, name)
-            optim.reslice(self.optimizer, parameter, dim, index)
+            tensor = getattr(adapter, name)
+            optim.reslice(self.optimizer, tensor, dim, index)
             for each in self.schedules:
-                each.resliced(parameter, dim, index)
+                each.resliced(tensor, dim, index)
 
     @property
     def ddp(self) -> bool:

@@ -270,7 +270,9 @@ class AdapterTrainer(Trainer):
         """Replace the adapter's values by those saved in ``folder``; call it before the optimizer exists, or after the end."""
         with contextlib.suppress(LookupError):
             detach(self.model, self.run.adapter)
-        load(self.model, folder, name=self.run.adapter, trainable=True)
+        # a schedule may have written into the base that the checkpoint's sample was taken from
+        same_base = not any("weights" in each.owns for each in self.schedule.schedules)
+        load(self.model, folder, name=self.run.adapter, trainable=True, check_base=same_base)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         is_best = super()._determine_best_metric(metrics, trial)

@@ -62,6 +62,7 @@ class AdaLoRAAdapter(Reparameterization):
 
     fast = frozenset({"linear", "conv", "embedding"})
     needs_weight = False
+    rank_axes = {"p": 1, "e": 0, "q": 0}
 
     def __init__(self, config: AdaLoRA, site: Site, *, rng: torch.Generator):
         super().__init__(config, site)
@@ -87,7 +88,7 @@ class AdaLoRAAdapter(Reparameterization):
 
     def orthogonality(self) -> Tensor:
         """``||P^T P - I||_F + ||Q Q^T - I||_F``, a scalar (Eq. 4; Frobenius norms as in its code, not squared)."""
-        eye = torch.eye(self.config.rank, device=self.p.device, dtype=self.p.dtype)
+        eye = torch.eye(self.p.shape[-1], device=self.p.device, dtype=self.p.dtype)  # ranks may have been cut
         # over the last two axes, so that a bank of experts sums its experts
         return sum(torch.linalg.matrix_norm(gram - eye).sum() for gram in (self.p.mT @ self.p, self.q @ self.q.mT))
 

@@ -21,6 +21,8 @@ __all__ = ["MovedLowRank"]
 class MovedLowRank(LowRank):
     """``LowRank`` from ``start(...)``; a subclass states that start, the config has ``rank`` and ``scale``."""
 
+    rank_axes = {"a": 0, "b": 1, "a0": 0, "b0": 1}
+
     def __init__(self, config: MethodConfig, site: Site, *, rng: torch.Generator):
         super(LowRank, self).__init__(config, site)
         out, fan_in = site.shape
