@@ -12,8 +12,8 @@ from trimtab.core.contracts import Adapter
 from trimtab.core.cut import Kept
 from trimtab.kernels.gate import gated
 from trimtab.schedules import surgery
-from trimtab.schedules.spare import ModuleRatios, RankScores
 from trimtab.schedules.probing import measuring
+from trimtab.schedules.spare import ModuleRatios, RankScores
 from trimtab.schedules.units import Units
 
 __all__ = ["Estimation"]

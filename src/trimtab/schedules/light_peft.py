@@ -27,8 +27,8 @@ from trimtab.methods.additive.unit_mask import UnitMask, UnitMaskAdapter
 from trimtab.schedules import optim, surgery
 from trimtab.schedules.contract import Group, Schedule
 from trimtab.schedules.estimation import Estimation
-from trimtab.schedules.spare import keep_best, keep_best_of_all, measured, prune_count, ranks_of
 from trimtab.schedules.registry import schedule
+from trimtab.schedules.spare import keep_best, keep_best_of_all, measured, prune_count, ranks_of
 from trimtab.schedules.units import KINDS, find_units
 
 __all__ = ["LightPEFT"]
