@@ -115,7 +115,9 @@ class LightPEFT(Schedule):
         ranks = [a for a in adapters if a.rank_axes] if self.amounts["ranks"] else []
         for name, found in (("modules", modules), ("ranks", ranks)):
             if self.amounts[name] and not found:
-                raise Unsupported(f"none of the {len(adapters)} adapted places has {name} that could be pruned; set {name}=0")
+                raise Unsupported(
+                    f"LightPEFT needs {name} to prune, which none of the {len(adapters)} adapted places has; set {name}=0"
+                )
         units = {kind: find_units(self.root, kind) if self.amounts[kind] else [] for kind in KINDS}
         sizes = {
             "heads": min((u.count for u in units["heads"]), default=0), "channels": sum(u.count for u in units["channels"]),
@@ -127,9 +129,9 @@ class LightPEFT(Schedule):
         stage = Estimation(self.root, [*units["heads"], *units["channels"]], modules, ranks)
         try:
             surgery.check(self.root, stage.all_but_one())
-        except BaseException:
+        except Unsupported as error:
             stage.close()
-            raise
+            raise Unsupported(f"LightPEFT needs adapters that follow their places: {error}") from None
         return stage
 
     def groups(self, groups: list[Group]) -> list[Group]:
