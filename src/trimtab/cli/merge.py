@@ -28,6 +28,7 @@ def command(
     import trimtab as tt
     from trimtab.core.checkpoint import inspect
     from trimtab.core.errors import NotMergeable
+    from trimtab.schedules.restoration import load
     from trimtab.training.models import load_pretrained
 
     if out.exists():
@@ -35,7 +36,7 @@ def command(
     manifest = inspect(adapter)
     cls = getattr(transformers, manifest["base"]["class"], transformers.AutoModel)
     model = load_pretrained(cls.from_pretrained, base)
-    name = tt.load(model, adapter)
+    name = load(model, adapter, mode="mask")  # units that the adapter's training cut out become zeros
     report = tt.merge(model, name, max_error=max_error, untie=untie, permanent=True)
     print(report)
     draft = out.with_name(f".{out.name}.{os.getpid()}.part")

@@ -153,13 +153,13 @@ def effective_weight(model: nn.Module, path: str, name: str | Sequence[str] | No
     sites = {each.site.tensor for found in acting.values() for each in found}
     if tensor is None:
         tensor = "weight" if "weight" in sites or len(sites) != 1 else next(iter(sites))
-    chains: dict[str, list] = {}
+    chains: dict[str | None, list] = {}
     for each in names:
         if state.groups[each].merged:
             continue  # its update already stands in the base weight
         for adapter in acting[each]:
             if adapter.site.tensor == tensor:
-                chains.setdefault(adapter.site.slot, []).append(adapter)
+                chains.setdefault(adapter.site.part, []).append(adapter)
     some = next((each for found in acting.values() for each in found if each.site.tensor == tensor), None)
     if some is None:
         raise NoMatch(f"no adapter acts on the parameter {tensor!r} of {path!r}{nearest(tensor, sites)}")

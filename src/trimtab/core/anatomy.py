@@ -22,7 +22,11 @@ from trimtab.core.structure import (
     sizes,
 )
 
-__all__ = ["Anatomy", "Block", "is_matrix", "of"]
+__all__ = ["HEADS", "KV_HEADS", "Anatomy", "Block", "attention_of", "is_matrix", "of"]
+
+#: names of a module's attributes that count its query heads, and its key-value heads
+HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
+KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads")
 
 # Fused qkv projections whose rows are interleaved head by head, which neither names nor shapes tell. Key: class name of the
 # module that holds the projection; all use one layout: for each key-value head its query heads, then k, then v.
@@ -179,7 +183,7 @@ def _attention_roles(block: str, inside: list[str], modules: dict[str, nn.Module
             roles[path], roles[f"{path}.out_proj"] = "attn.qkv", "attn.o"
         elif role and _plausible(role, module, path, inside, modules):
             roles[path] = role
-            containers.append(_container(path, block))
+            containers.append(attention_of(path, block))
     for container in filter(None, dict.fromkeys(containers)):  # bare q, k, v of the root: nothing says what is o
         others = [p for p in inside if p.startswith(f"{container}.") and is_matrix(modules[p]) and p not in roles]
         given = width or next(sizes(modules[p])[1] for p in roles if p.startswith(f"{container}."))
@@ -199,7 +203,7 @@ def _plausible(role: str, module: nn.Module, path: str, inside: list[str], modul
     return len(siblings - {None}) >= 2 or bool(_ATTENTION.search(parent))
 
 
-def _container(path: str, block: str) -> str:
+def attention_of(path: str, block: str) -> str:
     """The outermost module below the block, on the way to ``path``, that is named as attention; else the direct parent."""
     names = path.split(".")
     start = len(block.split(".")) if block else 0
@@ -256,14 +260,17 @@ def _head_facts(attention: dict[str, str], modules: dict[str, nn.Module], model:
     holders = [modules[p.rpartition(".")[0]] for p, r in attention.items() if r != "attn.o"]
     holders += [modules[p] for p in attention if isinstance(modules[p], nn.MultiheadAttention)]
     config = getattr(model, "config", None)
-    names = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
-    heads = _attribute(names, *holders[:1], *holders[-1:], config)
-    kv = _attribute(("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads"), *holders[:1], config) or heads
+    q, k, o = (next((sizes(modules[p]) for p, r in attention.items() if r == role and is_matrix(modules[p])), None)
+               for role in ("attn.q", "attn.k", "attn.o"))  # fmt: skip
     size = _attribute(("head_dim", "head_size", "attention_head_size"), *holders[:1])
+    heads, kv = _attribute(HEADS, *holders[:1], *holders[-1:]), _attribute(KV_HEADS, *holders[:1])
+    # the modules' own sizes before the config's numbers: those of a model whose heads were pruned are the whole model's
+    if not heads:
+        heads = o[1] // size if size and o and o[1] % size == 0 else _attribute(HEADS, config)
+    if not kv:
+        kv = k[0] // size if size and k and k[0] % size == 0 else _attribute(KV_HEADS, config) or heads
     if size is None and heads:
-        q = next((p for p, r in attention.items() if r == "attn.q"), None)
-        o = next((p for p, r in attention.items() if r == "attn.o"), None)
-        total = sizes(modules[q])[0] if q else sizes(modules[o])[1] if o and is_matrix(modules[o]) else None
+        total = q[0] if q else o[1] if o else None
         size = total // heads if total else None
     return {"heads": heads, "kv_heads": kv, "head_size": size}
 
@@ -278,7 +285,7 @@ def _parts(path: str, roles: dict[str, str], modules: dict[str, nn.Module], mode
         return {part: Rows(i * width, width) for i, part in enumerate("qkv")}
     out, fan_in = sizes(module)
     holder = path.rpartition(".")[0]
-    o = next((p for p, r in roles.items() if r == "attn.o" and p.startswith(_container(path, ""))), None)
+    o = next((p for p, r in roles.items() if r == "attn.o" and p.startswith(attention_of(path, ""))), None)
     o = o or next((p for p, r in roles.items() if r == "attn.o" and p.rpartition(".")[0] == holder), None)
     q = sizes(modules[o])[1] if o and is_matrix(modules[o]) else out // 3
     kv, rest = divmod(out - q, 2)
@@ -286,7 +293,7 @@ def _parts(path: str, roles: dict[str, str], modules: dict[str, nn.Module], mode
         return None
     if class_of(modules[holder]).__name__ not in INTERLEAVED:
         return {"q": Rows(0, q), "k": Rows(q, kv), "v": Rows(q + kv, kv)}
-    facts = _head_facts({path: "attn.qkv"}, modules, model)
+    facts = _head_facts({path: "attn.qkv"} | ({o: "attn.o"} if o else {}), modules, model)
     size = q // facts["heads"]
     groups = kv // size
     queries = facts["heads"] // groups * size

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from trimtab.core.site import Cohort, Site
 from trimtab.core.state import Group, adapter_group, drop_state, host, parameter_users, state_of, unwrap
 from trimtab.core.table import Table
 
-__all__ = ["Assignment", "attach", "detach", "mount_group", "plan_sites"]
+__all__ = ["Assignment", "attach", "detach", "mount_group", "plan_sites", "remove_adapters"]
 
 Targets = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
 Assignment = tuple[MethodConfig, Site]
@@ -130,6 +130,7 @@ def plan_sites(
     for config, place in zip(configs, places, strict=True):
         try:
             for site in sites_of(place, type(config).adapter_class, width=width):
+                site.layer = type(config).adapter_class.layer(config)
                 # a container and what is below it may both match (a head and its layers): a tensor is one site
                 found.setdefault((site.path, site.slot), (config, site))
         except TrimtabError as error:
@@ -316,6 +317,22 @@ def remove_group(root: nn.Module, name: str) -> None:
             if module._parameters.get(tensor) is not None:
                 module._parameters[tensor].requires_grad_(True)
         drop_state(root)
+
+
+def remove_adapters(root: nn.Module, name: str, gone: Collection[Adapter]) -> None:
+    """Take some of the adapters called ``name`` off; at least one stays."""
+    state = state_of(root)
+    group = state.groups[name]
+    group.adapters = [adapter for adapter in group.adapters if adapter not in gone]
+    for adapter in gone:
+        module = adapter.site.module
+        slots = host(module)._modules[escape(name)]._modules
+        del slots[adapter.site.slot]
+        if not slots:
+            dismount(module, name)
+        if "trimtab" not in module._modules:
+            del state.hosts[adapter.site.path]
+    state.refresh()
 
 
 def _table(name: str, rows: list[tuple[Site, MethodConfig, Adapter]]) -> Table:

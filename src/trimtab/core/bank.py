@@ -1,6 +1,9 @@
-"""Expert banks: one adapter an expert, its parameters stacked, the dense definition mapped over them."""
+"""Building adapters; and expert banks: one adapter an expert, its parameters stacked, the definition mapped over them."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +12,7 @@ from torch.func import functional_call
 from trimtab.core.contracts import Adapter, MethodConfig, Reparameterization, Selection
 from trimtab.core.site import Site
 
-__all__ = ["Bank", "build_adapter"]
+__all__ = ["Bank", "build_adapter", "shapes_only"]
 
 
 class _Weight(nn.Module):
@@ -91,3 +94,28 @@ def build_adapter(config: MethodConfig, site: Site, rng: torch.Generator) -> Ada
     if issubclass(cls, Selection):
         return cls(config, site)
     return cls(config, site, rng=rng)
+
+
+def shapes_only(config: Any, site: Site, rng: torch.Generator, stored: Mapping[str, tuple[int, ...]] | None = None) -> Adapter:
+    """The adapter without values, its site the real one; ``install`` fills it.
+
+    Args:
+        stored: shapes of the tensors that will fill it, for methods whose sizes the data chose.
+    """
+    twin = site.shapes_only()
+    twin.stored = stored or {}
+    adapter = build_adapter(config, twin, rng)
+    adapter.site = site
+    _resize(adapter, twin.stored)
+    return adapter
+
+
+def _resize(adapter: Adapter, stored: Mapping[str, tuple[int, ...]]) -> None:
+    """Give it the stored number of ranks, which a schedule may have changed; the same one in all tensors that carry ranks."""
+    axes = type(adapter).rank_axes
+    if len({stored[name][dim] for name, dim in axes.items() if len(stored.get(name, ())) > dim}) != 1:
+        return
+    for name, dim in axes.items():
+        own = getattr(adapter, name)
+        if name in stored and stored[name][:dim] + stored[name][dim + 1 :] == own.shape[:dim] + own.shape[dim + 1 :]:
+            own.data = own.data.new_empty(stored[name])

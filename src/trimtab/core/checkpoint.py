@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +13,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from trimtab.core import fingerprint
+from trimtab.core import cut, fingerprint
 from trimtab.core.attach import mount_group
-from trimtab.core.bank import build_adapter
+from trimtab.core.bank import shapes_only
 from trimtab.core.contracts import Adapter
-from trimtab.core.errors import (
-    CheckpointMismatch,
-    NoMatch,
-    ShapeMismatch,
-    TrimtabError,
-    Unsupported,
-    nearest,
-    raise_all,
-)
+from trimtab.core.errors import CheckpointMismatch, NoMatch, ShapeMismatch, TrimtabError, Unsupported, nearest, raise_all
 from trimtab.core.kinds import module_site, site_for
 from trimtab.core.registry import config_from_dict, config_to_dict
 from trimtab.core.selection import Place
 from trimtab.core.site import Cohort, Rows, Site
-from trimtab.core.state import adapter_group, resize, shapes_by_place, state_of, tensors_of, unwrap
+from trimtab.core.state import Group, adapter_group, shapes_by_place, state_of, tensors_of, unwrap
 
-__all__ = ["FORMATS", "load", "read_manifest", "save"]
+__all__ = ["FORMATS", "describe", "load", "read_manifest", "read_tensors", "rebuilt", "save"]
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -61,18 +52,24 @@ def save(model: nn.Module, path: str | os.PathLike, *, name: str | None = None, 
     tensors = tensors_of(group)
     _refuse_bad(tensors)
     if format != "trimtab":
+        cut.refuse(root, f"the format {format!r}")
         return _format(format).save(root, Path(path), group.name)
     unique, aliases = _without_copies(tensors)
-    manifest = {
+    return _write(Path(path), unique, describe(root, group) | {"aliases": aliases})
+
+
+def describe(root: nn.Module, group: Group) -> dict[str, Any]:
+    """The manifest of ``group``, but for what depends on files."""
+    tensors = tensors_of(group)
+    return {
         "format": "trimtab",
         "version": VERSION,
         "name": group.name,
         "places": [_place_entry(adapter) for adapter in group.adapters],
         "tensors": {key: {"shape": list(v.shape), "dtype": str(v.dtype).removeprefix("torch.")} for key, v in tensors.items()},
-        "aliases": aliases,
         "base": fingerprint.take(root, [adapter.site for adapter in group.adapters]),
+        **cut.entry(root),
     }
-    return _write(Path(path), unique, manifest)
 
 
 def load(
@@ -106,9 +103,10 @@ def load(
             if other.test(folder):
                 return other.load(root, folder, name=name, trainable=trainable, active=active)
     manifest = read_manifest(folder)
-    tensors = _read_tensors(folder, manifest)
+    tensors = read_tensors(folder, manifest)
     name = name or manifest["name"]
-    adapters = _rebuild(root, manifest)
+    cut.check(root, manifest, str(folder))
+    adapters = rebuilt(root, manifest)
     if check_base:
         fingerprint.compare(root, manifest["base"], str(folder))
     return install(root, adapters, tensors, name=name, trainable=trainable, active=active, source=str(folder))
@@ -263,7 +261,7 @@ def _hash(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _read_tensors(folder: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
+def read_tensors(folder: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
     file = folder / manifest["file"]
     if not file.is_file():
         raise CheckpointMismatch(f"{folder} is damaged: its manifest names {manifest['file']}, which is not there")
@@ -281,7 +279,7 @@ def _read_tensors(folder: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
     return tensors
 
 
-def _rebuild(root: nn.Module, manifest: dict[str, Any]) -> list[Adapter]:
+def rebuilt(root: nn.Module, manifest: dict[str, Any]) -> list[Adapter]:
     """Adapters with shapes only, for every place in the manifest."""
     cohorts: dict[str, Cohort] = {}
     problems: list[TrimtabError] = []
@@ -289,29 +287,16 @@ def _rebuild(root: nn.Module, manifest: dict[str, Any]) -> list[Adapter]:
     rng = torch.Generator()
     for entry in manifest["places"]:
         try:
-            site = _site(root, entry)
+            site, config = site_of(root, entry), config_from_dict(entry["method"])
             site.cohort = cohorts.setdefault(json.dumps(entry["method"], sort_keys=True), Cohort())
-            adapters.append((site, config_from_dict(entry["method"])))
+            site.layer = type(config).adapter_class.layer(config)
+            adapters.append((site, config))
             site.cohort.sites.append(site)
         except TrimtabError as error:
             problems.append(error)
     raise_all(problems)
     stored = shapes_by_place(manifest["tensors"], [site for site, _ in adapters])
     return [shapes_only(config, site, rng, shapes) for (site, config), shapes in zip(adapters, stored, strict=True)]
-
-
-def shapes_only(config: Any, site: Site, rng: torch.Generator, stored: Mapping[str, tuple[int, ...]] | None = None) -> Adapter:
-    """The adapter without values, its site the real one; ``install`` fills it.
-
-    Args:
-        stored: shapes of the tensors that will fill it, for methods whose sizes the data chose.
-    """
-    twin = site.shapes_only()
-    twin.stored = stored or {}
-    adapter = build_adapter(config, twin, rng)
-    adapter.site = site
-    resize(adapter, twin.stored)
-    return adapter
 
 
 def find_module(root: nn.Module, path: str) -> nn.Module:
@@ -327,19 +312,12 @@ def find_module(root: nn.Module, path: str) -> nn.Module:
         raise NoMatch(f"the adapter acts on {path}, which this model does not have{nearest(path, known)}") from None
 
 
-def _site(root: nn.Module, entry: dict[str, Any]) -> Site:
+def site_of(root: nn.Module, entry: dict[str, Any]) -> Site:
     path, tensor = entry["path"], entry["tensor"]
     module = find_module(root, path)
     rows = Rows(*entry["rows"]) if "rows" in entry else None
-    place = Place(
-        path=path,
-        module=module,
-        tensor=tensor or None,
-        part=entry.get("part"),
-        rows=rows,
-        role=entry.get("role"),
-        block=entry.get("block"),
-    )
+    known = {key: entry.get(key) for key in ("part", "role", "block")}
+    place = Place(path=path, module=module, tensor=tensor or None, rows=rows, **known)
     if not tensor:
         site = module_site(place, entry["shape"][-1])
     elif module._parameters.get(tensor) is None:
@@ -394,7 +372,7 @@ def _fill(adapters: list[Adapter], tensors: dict[str, Tensor], source: str) -> N
 def inspect(path: str | os.PathLike) -> dict[str, Any]:
     """The manifest, after checking the tensors' file against it; needs no model."""
     manifest = read_manifest(Path(path))
-    tensors = _read_tensors(Path(path), manifest)
+    tensors = read_tensors(Path(path), manifest)
     if sorted(tensors) != sorted(manifest["tensors"]):
         raise CheckpointMismatch(f"{path} is damaged: its tensors are not those that the manifest lists")
     return manifest

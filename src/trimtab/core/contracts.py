@@ -98,6 +98,8 @@ class Adapter(nn.Module):
         identity_at_start: whether the adapted model equals the base before the first step.
         rank_axes: of a method whose ranks can be cut one by one, the parameters and buffers that carry them, each with the
             axis: 0 for a factor (r, in), 1 for (out, r). Sizes are then read off the tensors, and scales off ``config.rank``.
+        in_axes, out_axes: likewise, what carries the place's inputs and outputs, of a method that can follow its place when some
+            of these are cut away, so that ``weight(W)`` of what is left is what is left of ``weight(W)``; None if it cannot.
     """
 
     targets: ClassVar[str] = "linear"
@@ -107,6 +109,8 @@ class Adapter(nn.Module):
     gradient_power: ClassVar[int] = 1
     identity_at_start: ClassVar[bool] = True
     rank_axes: ClassVar[Mapping[str, int]] = {}
+    in_axes: Mapping[str, int] | None = None
+    out_axes: Mapping[str, int] | None = None
 
     def __init__(self, config: MethodConfig, site: Site):
         super().__init__()
@@ -126,6 +130,14 @@ class Adapter(nn.Module):
     def identity(cls, config: MethodConfig) -> bool:
         """Whether this config promises to start at the base; override where an option decides it."""
         return cls.identity_at_start
+
+    @classmethod
+    def layer(cls, config: MethodConfig) -> str:
+        """A word that lets it stand beside another method of the same name at the same place, in the order of attaching."""
+        return ""
+
+    def losing(self, *, inputs: Tensor | None = None, outputs: Tensor | None = None) -> None:
+        """Its place keeps these inputs or outputs alone: make up for the others, before ``in_axes`` or ``out_axes`` are cut."""
 
     # -- making parameters: on the site's device, in its adapter dtype; random ones drawn on the CPU from ``rng``,
     #    so that a seed gives the same start on every device
@@ -235,6 +247,8 @@ class Selection(Reparameterization):
 
     additive = False
     kinds = frozenset({"linear", "conv", "grouped", "embedding", "bare", "vector"})
+    in_axes = {"value": 1}
+    out_axes = {"value": 0}
 
     def __init__(self, config: MethodConfig, site: Site):
         super().__init__(config, site)

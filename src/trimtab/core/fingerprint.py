@@ -7,6 +7,7 @@ of up to ``TENSORS`` of the adapted tensors. It is compared by direction, not by
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,8 +49,13 @@ def _sample(stored: Tensor, module: nn.Module) -> Tensor:
     return flat[where].double().cpu()
 
 
-def compare(root: nn.Module, stored: dict[str, Any], source: str) -> None:
+def compare(
+    root: nn.Module, stored: dict[str, Any], source: str, *, view: Callable[[str, Tensor], Tensor] = lambda key, tensor: tensor
+) -> None:
     """Check the sample in a manifest against ``root``'s weights.
+
+    Args:
+        view: ``(path.tensor, tensor) -> tensor``: what of a weight the sample was taken of, if not all of it.
 
     Raises:
         CheckpointMismatch: the weights are another base's.
@@ -61,7 +67,7 @@ def compare(root: nn.Module, stored: dict[str, Any], source: str) -> None:
         parameter = module._parameters[tensor]
         if parameter.is_meta:
             return
-        found = _sample(parameter, module)
+        found = _sample(view(key, parameter), module)
         if len(found) == len(values):
             ours.append(found)
             theirs.append(torch.tensor(values, dtype=torch.float64))

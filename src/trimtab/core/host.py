@@ -20,6 +20,7 @@ from trimtab.core.site import Operation, Site, dense
 
 __all__ = [
     "BiasOf", "Host", "Slots", "adapted_chain", "adapted_class", "dismount", "escape", "mount", "on_tensors", "unescape",
+    "whole_site",
 ]  # fmt: skip
 
 CHILD = "trimtab"
@@ -81,7 +82,7 @@ class Host(nn.Module):
         """Recompute what acts: O(adapters that act here)."""
         self.whole, self.outputs, self.tokens = [], [], []
         parts: dict[str, list[Adapter]] = {}
-        tensors: dict[str, dict[str, list[Adapter]]] = {}
+        tensors: dict[str, dict[str | None, list[Adapter]]] = {}
         for name in active:
             for adapter in self.adapters(name):
                 site = adapter.site
@@ -91,7 +92,7 @@ class Host(nn.Module):
                     self.outputs.append(adapter)
                 elif site.substitutes:
                     for each in on_tensors(adapter):
-                        tensors.setdefault(each.site.tensor, {}).setdefault(each.site.slot, []).append(each)
+                        tensors.setdefault(each.site.tensor, {}).setdefault(each.site.part, []).append(each)
                 elif site.part is not None:
                     parts.setdefault(site.part, []).append(adapter)
                 else:
@@ -127,7 +128,7 @@ class Host(nn.Module):
 
     def contract(self, x: Tensor) -> Tensor:
         """The module's matrix operation with the acting adapters in order: ``W' = a_n(... a_1(W))``."""
-        op: Operation = self.whole[0].site if self.whole else _whole_site(self.parts[0][0])
+        op: Operation = self.whole[0].site if self.whole else whole_site(self.parts[0][0])
         for adapter in self.whole:
             op = Through(adapter, op)
         y = op(x)
@@ -171,7 +172,7 @@ def on_tensors(adapter: Adapter) -> list[Adapter | BiasOf]:
     return [adapter, BiasOf(adapter)] if getattr(adapter, "rebias", False) and adapter.site.carries_bias else [adapter]
 
 
-def _whole_site(adapter: Adapter) -> Operation:
+def whole_site(adapter: Adapter) -> Operation:
     """The site of the fused matrix that ``adapter``'s part belongs to."""
     from dataclasses import replace
 

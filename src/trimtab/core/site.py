@@ -190,6 +190,7 @@ class Site(Operation):
         gradient: dL/dW (or its squares) summed over batches, ``(out, in)``, only while a method that asks for it is being started.
         activation: root mean squares of the inputs (in,) and the outputs (out,) over tokens, likewise.
         head_size: channels of an attention head of its block, where that is known.
+        layer: tells methods apart that may stand at one place under one name; ``Adapter.layer`` of its method.
         stored: shapes of the tensors saved for this place, by name, only while a load rebuilds its adapter: for sizes
             that the data chose, and not the config.
     """
@@ -209,6 +210,7 @@ class Site(Operation):
     gradient: Tensor | None = None
     activation: tuple[Tensor, Tensor] | None = None
     head_size: int | None = None
+    layer: str = ""
     stored: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     kind = "?"
     #: sites of these kinds act by replacing the tensor that the module reads, not by the module's forward
@@ -216,8 +218,8 @@ class Site(Operation):
 
     @property
     def slot(self) -> str:
-        """Name of the site beneath its module: the tensor, and the part of it."""
-        return "_".join(filter(None, (self.tensor or "module", self.part)))
+        """Name of the site beneath its module: the tensor, the part of it, and the layer."""
+        return "_".join(filter(None, (self.tensor or "module", self.part, self.layer)))
 
     @property
     def name(self) -> str:

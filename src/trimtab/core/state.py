@@ -13,7 +13,7 @@ from trimtab.core.errors import NoMatch, Unsupported, nearest
 from trimtab.core.host import CHILD, Host
 from trimtab.core.site import Site, gathered
 
-__all__ = ["Group", "ModelState", "adapter_group", "resize", "state_of", "unwrap"]
+__all__ = ["Group", "ModelState", "adapter_group", "state_of", "unwrap"]
 
 ATTRIBUTE = "_trimtab_state"
 
@@ -151,14 +151,3 @@ def shapes_by_place(tensors: Mapping[str, Mapping[str, Any]], sites: Sequence[Si
         if place:
             found[place][key[len(place) + 1 :]] = tuple(entry["shape"])
     return [found[f"{site.path}.{site.slot}"] for site in sites]
-
-
-def resize(adapter: Adapter, stored: Mapping[str, tuple[int, ...]]) -> None:
-    """Give an adapter without values the stored number of ranks, which a schedule may have changed; one for all its tensors."""
-    axes = type(adapter).rank_axes
-    if len({stored[name][dim] for name, dim in axes.items() if len(stored.get(name, ())) > dim}) != 1:
-        return
-    for name, dim in axes.items():
-        own = getattr(adapter, name)
-        if name in stored and stored[name][:dim] + stored[name][dim + 1 :] == own.shape[:dim] + own.shape[dim + 1 :]:
-            own.data = own.data.new_empty(stored[name])

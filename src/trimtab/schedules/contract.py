@@ -32,13 +32,14 @@ A checkpoint is taken between two steps: after ``step_done``, before ``step_begi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from trimtab.core.contracts import Adapter
     from trimtab.schedules.run import Run
 
 __all__ = ["OWNERSHIPS", "Schedule"]
@@ -141,8 +142,16 @@ class Schedule:
         """Inside, the adapters are what this schedule would deliver now; afterwards the very bytes from before."""
         yield
 
+    @property
+    def deliverable(self) -> bool:
+        """Whether what the model is now could be what the run delivers; a best step is sought among such steps alone."""
+        return True
+
     def resliced(self, parameter: nn.Parameter, dim: int, index: Tensor) -> None:
         """Of ``parameter`` only the entries ``index`` along ``dim`` are left; cut what is kept beside it likewise."""
+
+    def removed(self, adapters: Collection[Adapter]) -> None:
+        """These adapters are off the model for good, and their parameters out of the optimizer; forget what is kept beside them."""
 
     def finish(self) -> None:
         """After the last step."""

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from trimtab import tasks
-from trimtab.core.checkpoint import load
+from trimtab.schedules.restoration import load
 from trimtab.tasks import Bundle
 from trimtab.training.config import TrainConfig, load_config, to_yaml
 from trimtab.training.errors import RunError
@@ -63,7 +63,7 @@ def evaluate(
     task = tasks.get(config.task)
     info = json.loads((folder / INFO).read_text("utf-8"))
     bundle = task.restore(config, info, on if inputs is None else list(inputs))
-    load(bundle.model, folder / ADAPTER, name=config.adapter)
+    load(bundle.model, folder / ADAPTER, name=config.adapter, originals="drop")
     split, examples = next(iter(bundle.splits.items()))
     outputs, loss = forward_all(bundle, examples, config.eval_batch_size)
     metrics = {}

@@ -249,12 +249,13 @@ def _finish(config: TrainConfig, bundle: Bundle, trainer: Any, *, total: int, se
     from trimtab.training.files import new_directory
 
     output = Path(config.output)
-    trainer.reload(trainer.best_folder())
+    if trainer.state.best_global_step:
+        trainer.reload(trainer.best_folder())
     entries = curve.curve_of(trainer.state.log_history)  # before the evaluations below add to it
     metrics = {split: _bare(trainer.evaluate(rows)) for split, rows in bundle.splits.items() if split != "train"}
     with new_directory(output / ADAPTER) as stage:
         save(bundle.model, stage, name=config.adapter)
-    best_step = trainer.state.best_global_step
+    best_step = trainer.state.best_global_step or trainer.state.global_step
     result = RunResult(
         output=str(output),
         metrics=metrics,

@@ -21,7 +21,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from trimtab.core.activation import named_parameters
 from trimtab.core.attach import detach
-from trimtab.core.checkpoint import load, save
+from trimtab.core.checkpoint import save
+from trimtab.schedules.restoration import load
 from trimtab.schedules.run import Run
 from trimtab.tasks import Bundle
 from trimtab.training.backward_step import BackwardOptimizer
@@ -272,10 +273,10 @@ class AdapterTrainer(Trainer):
             detach(self.model, self.run.adapter)
         # a schedule may have written into the base that the checkpoint's sample was taken from
         same_base = not any("weights" in each.owns for each in self.schedule.schedules)
-        load(self.model, folder, name=self.run.adapter, trainable=True, check_base=same_base)
+        load(self.model, folder, name=self.run.adapter, trainable=True, check_base=same_base, originals="host")
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        is_best = super()._determine_best_metric(metrics, trial)
+        is_best = self.schedule.deliverable and super()._determine_best_metric(metrics, trial)
         if is_best and self.args.should_save:
             # superseded ones go only with the next checkpoint, so that a run resumed before it still finds its own
             self.state.best_global_step = self.state.global_step

@@ -61,6 +61,7 @@ class IA3Adapter(Reparameterization):
         out, fan_in = site.shape
         self.at_input = config.at_input(site)
         self.l = self.ones(fan_in if self.at_input else out)
+        self.in_axes, self.out_axes = ({"l": 0}, {}) if self.at_input else ({}, {"l": 0})
 
     @classmethod
     def check(cls, config: IA3, site: Site) -> None:

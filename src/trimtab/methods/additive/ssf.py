@@ -58,6 +58,7 @@ class SSFAdapter(Reparameterization):
         out = site.shape[0] if site.kind == "vector" else site.shape[-2]
         self.gamma = self._around(torch.ones(out, device=site.device), rng)
         self.beta = self._around(torch.zeros(out, device=site.device), rng) if site.carries_bias else None
+        self.in_axes, self.out_axes = {}, {"gamma": 0} | ({"beta": 0} if site.carries_bias else {})
 
     def _around(self, centre: Tensor, rng: Generator) -> nn.Parameter:
         if self.site.is_meta:

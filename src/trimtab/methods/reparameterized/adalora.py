@@ -62,6 +62,8 @@ class AdaLoRAAdapter(Reparameterization):
 
     fast = frozenset({"linear", "conv", "embedding"})
     needs_weight = False
+    in_axes = {"q": 1}
+    out_axes = {"p": 0}
     rank_axes = {"p": 1, "e": 0, "q": 0}
 
     def __init__(self, config: AdaLoRA, site: Site, *, rng: torch.Generator):

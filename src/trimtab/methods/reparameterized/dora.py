@@ -57,6 +57,7 @@ class DoRAAdapter(LowRank):
     fast = frozenset({"linear"})
     needs_weight = True
     additive = False
+    out_axes = {"b": 0, "m": 0}
 
     def __init__(self, config: DoRA, site: Site, *, rng: torch.Generator):
         super().__init__(config, site, rng=rng)
@@ -64,6 +65,14 @@ class DoRAAdapter(LowRank):
             self.m = self.zeros(site.shape[0])
         else:
             self.m = self.parameter(row_norms(site.weight, self.a, self.b, config.scale))
+
+    @torch.no_grad()
+    def losing(self, *, inputs: Tensor | None = None, outputs: Tensor | None = None) -> None:
+        """A row that loses entries loses length: its magnitude shrinks likewise, so that the entries left keep their values."""
+        if inputs is not None:
+            V = self.site.weight + self.config.scale * (self.b @ self.a)
+            before, after = (torch.linalg.vector_norm(v, dim=1) for v in (V, V[:, inputs.to(V.device)]))
+            self.m.mul_((after / before.clamp_min(torch.finfo(V.dtype).tiny)).to(self.m.dtype))
 
     def weight(self, W: Tensor) -> Tensor:
         V = W + self.config.scale * (self.b @ self.a)

@@ -74,6 +74,8 @@ class LowRank(Reparameterization):
     fast = frozenset({"linear", "conv", "embedding"})
     needs_weight = False
     rank_axes = {"a": 0, "b": 1}
+    in_axes = {"a": 1}
+    out_axes = {"b": 0}
 
     def __init__(self, config: LoRA, site: Site, *, rng: torch.Generator):
         super().__init__(config, site)

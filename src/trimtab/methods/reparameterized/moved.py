@@ -21,7 +21,10 @@ __all__ = ["MovedLowRank"]
 class MovedLowRank(LowRank):
     """``LowRank`` from ``start(...)``; a subclass states that start, the config has ``rank`` and ``scale``."""
 
+    # a cut rank takes its start with it: the base is whole again in that direction
     rank_axes = {"a": 0, "b": 1, "a0": 0, "b0": 1}
+    in_axes = {"a": 1, "a0": 1}
+    out_axes = {"b": 0, "b0": 0}
 
     def __init__(self, config: MethodConfig, site: Site, *, rng: torch.Generator):
         super(LowRank, self).__init__(config, site)
