@@ -86,9 +86,7 @@ class RuleEntry:
             if key not in self.parameters:
                 problems.append(NoMatch(f"the rule {self.name!r} has no parameter {key!r}{nearest(key, self.parameters)}"))
             elif not _fits(value, kinds.get(key, Any)):
-                problems.append(
-                    ShapeMismatch(f"the rule {self.name!r} takes {key} as {_words(kinds[key])}; found {value!r}")
-                )
+                problems.append(ShapeMismatch(f"the rule {self.name!r} takes {key} as {_words(kinds[key])}; found {value!r}"))
         raise_all(problems)
         return {**self.parameters, **given}
 
