@@ -9,12 +9,14 @@ rank 2r on the untouched base; rows of a fused projection; ranks by place where 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trimtab.compat.peft_files import (
     CONFIG,
+    factor_places,
     read_config,
     read_tensors,
     report,
@@ -73,10 +75,24 @@ class PeftFolder:
             CheckpointMismatch: damaged files, missing or unused tensors. ShapeMismatch: another base, or another rank than
             the config's. NoMatch: modules that this model lacks. Unsupported: what trimtab has no exact form for.
         """
-        adapters, values = _Reader(root, folder, trainable).read()
+        _, adapters, values = PeftFolder.read(root, folder, trainable=trainable)
         return install(
             root, adapters, values, name=name or "default", trainable=trainable, active=active, source=str(folder)
         )
+
+    @staticmethod
+    def read(root: nn.Module, folder: Path, *, trainable: bool = False) -> tuple[str, list[Adapter], dict[str, Tensor]]:
+        """Name, adapters with shapes only, and their tensors; raises as ``load`` does."""
+        return "default", *_Reader(root, folder, trainable).read()
+
+    @staticmethod
+    def places(folder: Path) -> list[dict[str, Any]]:
+        """What low-rank factors tell of their places.
+
+        Raises:
+            Unsupported: another kind of tensor is there, whose layer the file does not tell.
+        """
+        return factor_places(folder, read_tensors(folder))
 
     @staticmethod
     def save(root: nn.Module, path: Path, name: str) -> Path:

@@ -17,11 +17,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trimtab.core.errors import CheckpointMismatch
+from trimtab.compat.safetensors_file import read_header
+from trimtab.core.errors import CheckpointMismatch, Unsupported
+from trimtab.core.files import sync
 
 __all__ = [
     "CONFIG",
     "PREFIX",
+    "factor_places",
     "pattern_key",
     "read_config",
     "read_tensors",
@@ -65,6 +68,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     if not file.is_file():
         inside = ", ".join(sorted(p.name for p in folder.iterdir()))
         raise CheckpointMismatch(f"{folder} is no whole peft adapter: it lacks {TENSORS} (found: {inside})")
+    if file.name == TENSORS:
+        read_header(file)  # says at which byte a damaged file is damaged
     try:
         stored = load_file(file) if file.name == TENSORS else torch.load(file, map_location="cpu", weights_only=True)
     except SafetensorError as error:
@@ -76,6 +81,35 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         key.replace("_orig_mod.", "").removeprefix(PREFIX): value.to(wide.get(value.dtype, value.dtype))
         for key, value in stored.items()
     }
+
+
+#: names of a layer's two factors -> kind of the layer; shapes (r, in) and (out, r)
+_FACTORS = {
+    ("lora_A.weight", "lora_B.weight"): "linear",
+    ("lora_A", "lora_B"): "linear",
+    ("lora_embedding_A", "lora_embedding_B"): "embedding",
+}
+
+
+def factor_places(folder: Path, tensors: dict[str, Tensor]) -> list[dict[str, Any]]:
+    """Entries as a manifest's for the layers that low-rank factors name: path, kind and shape (out, in).
+
+    Raises:
+        Unsupported: a tensor that belongs to no pair of matrices, such as a kernel or a saved module.
+    """
+    places = []
+    left = set(tensors)
+    for (first, second), kind in _FACTORS.items():
+        for key in sorted(k for k in tensors if k.endswith(f".{first}")):
+            path = key.removesuffix(f".{first}")
+            a, b = tensors[key], tensors.get(f"{path}.{second}")
+            if b is not None and a.dim() == b.dim() == 2:
+                places.append({"path": path, "tensor": "weight", "kind": kind, "shape": [b.shape[0], a.shape[1]]})
+                left -= {k for k in left if k.startswith(f"{path}.") and k.removeprefix(f"{path}.").startswith("lora_")}
+    if left:
+        more = f" and {len(left) - 1} more" * (len(left) > 1)
+        raise Unsupported(f"{folder} holds {min(left)}{more}, which does not tell its layer; say which base it is for: base=...")
+    return places
 
 
 def write_folder(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
@@ -93,12 +127,12 @@ def write_folder(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor
     draft.mkdir(exist_ok=True)
     part = draft / f".{TENSORS}.{os.getpid()}.part"
     save_file(tensors, part, metadata={"format": "pt"})
-    _sync(part)
+    sync(part)
     os.replace(part, draft / TENSORS)
     if same:
         return folder
     (draft / CONFIG).write_text(text, "utf-8")
-    _sync(draft / CONFIG)
+    sync(draft / CONFIG)
     if not folder.exists():
         os.rename(draft, folder)
         return folder
@@ -110,14 +144,6 @@ def write_folder(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor
             os.replace(entry, folder / entry.name)
     shutil.rmtree(old)
     return folder
-
-
-def _sync(file: Path) -> None:
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _named(names: str | Collection[str] | None, path: str) -> bool:

@@ -7,6 +7,7 @@ of up to ``TENSORS`` of the adapted tensors. It is compared by direction, not by
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,14 +23,19 @@ SAMPLES = 32
 MIN_COSINE = 0.95  # int4 weights keep about 0.99, two random bases have about 0
 
 
-def take(root: nn.Module, sites: list[Site]) -> dict[str, Any]:
-    """The base's class, and ``{path.tensor: values}`` for evenly chosen sites."""
+def take(root: nn.Module, sites: list[Site], *, value: Callable[[Site], Tensor | None] | None = None) -> dict[str, Any]:
+    """The base's class, and ``{path.tensor: values}`` for evenly chosen sites.
+
+    Args:
+        value: a site's tensor as it is stored, for a base whose values are elsewhere; None: the module's, before any merge.
+    """
     keys = list({(s.path, s.tensor): s for s in sites if s.tensor}.values())
     step = max(1, len(keys) // TENSORS)
     samples = {}
     for site in keys[::step][:TENSORS]:
-        if not site.is_meta:
-            samples[f"{site.path}.{site.tensor}"] = [round(v, 8) for v in _sample(_original(root, site), site.module).tolist()]
+        stored = _original(root, site) if value is None else value(site)
+        if stored is not None and not stored.is_meta:
+            samples[f"{site.path}.{site.tensor}"] = [round(v, 8) for v in _sample(stored, site.module).tolist()]
     return {"class": type(root).__name__, "samples": samples}
 
 
@@ -48,8 +54,13 @@ def _sample(stored: Tensor, module: nn.Module) -> Tensor:
     return flat[where].double().cpu()
 
 
-def compare(root: nn.Module, stored: dict[str, Any], source: str) -> None:
+def compare(
+    root: nn.Module, stored: dict[str, Any], source: str, *, value: Callable[[str, str], Tensor | None] | None = None
+) -> None:
     """Check the sample in a manifest against ``root``'s weights.
+
+    Args:
+        value: ``(path, parameter) -> tensor`` for a base whose values are elsewhere, None where it has none.
 
     Raises:
         CheckpointMismatch: the weights are another base's.
@@ -58,9 +69,9 @@ def compare(root: nn.Module, stored: dict[str, Any], source: str) -> None:
     for key, values in stored["samples"].items():
         path, _, tensor = key.rpartition(".")
         module = root.get_submodule(path)
-        parameter = module._parameters[tensor]
-        if parameter.is_meta:
-            return
+        parameter = module._parameters[tensor] if value is None else value(path, tensor)
+        if parameter is None or parameter.is_meta:
+            continue
         found = _sample(parameter, module)
         if len(found) == len(values):
             ours.append(found)
