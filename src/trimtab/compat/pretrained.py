@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trimtab.compat.quantised_files import codec_for
 from trimtab.compat.safetensors_file import Header, read_header, read_tensor
 from trimtab.compat.weight_names import Group, WeightNames
 from trimtab.core.errors import CheckpointMismatch, Unsupported
@@ -73,6 +74,8 @@ class Pretrained:
         class_name: of the model.
         files: headers of the weights' files.
         where: a tensor's name -> the file that has it.
+        dtype: of the model's activations and dense weights.
+        codec, parts: of a quantised checkpoint, its weights' names -> the names of their tensors in the files.
     """
 
     def __init__(self, folder: Path, classes: Sequence[str | None] = (), places: Sequence[Mapping[str, Any]] = ()):
@@ -86,9 +89,14 @@ class Pretrained:
         self.files = read_files(folder)
         self.where = {key: header for header in self.files for key in header.entries}
         self.labels: int | None = None
+        named = str(self.config.get("dtype") or self.config.get("torch_dtype") or "float32").removeprefix("torch.")
+        self.dtype = getattr(torch, named, torch.float32)
         self.root, self.model, self.prefix = self._modules([c for c in classes if c], places)
         self.class_name = type(self.model).__name__
-        self.names = WeightNames(self.model, self.where)
+        self.codec = codec_for(self.config, str(folder))
+        self.parts = self.codec.parts(self.files) if self.codec else {}
+        inside = {key for name, keys in self.parts.items() for key in keys if key != name}
+        self.names = WeightNames(self.model, [key for key in [*self.where, *(self.parts.keys() - self.where)] if key not in inside])
         self._ties = [names for names in parameter_users(self.model).values() if len(names) > 1]
         self._last: tuple[Group, dict[str, Tensor]] | None = None
 
@@ -113,20 +121,21 @@ class Pretrained:
 
         config = transformers.AutoConfig.from_pretrained(self.folder)
         named = [c for c in dict.fromkeys([*classes, *(config.architectures or [])]) if hasattr(transformers, c)]
+        named = [c for c in named if getattr(getattr(transformers, c), "config_class", None) is type(config)]
         for name in named:
             cls = getattr(transformers, name)
-            model = _on_meta(cls, config)
+            model = self._on_meta(cls, config)
             labels = _labels(model, places)
             if labels is not None:  # a head of another size than the checkpoint's
                 config = transformers.AutoConfig.from_pretrained(self.folder, num_labels=labels)
-                self.labels, model = labels, _on_meta(cls, config)
+                self.labels, model = labels, self._on_meta(cls, config)
             yield model, ""
         try:
             cls = transformers.AutoModel._model_mapping[type(config)]
         except KeyError:
             cls = None
         if isinstance(cls, type):
-            model = _on_meta(cls, config)
+            model = self._on_meta(cls, config)
             yield model, model.base_model_prefix
             yield model, ""
         elif not named:
@@ -134,6 +143,10 @@ class Pretrained:
                 f"{self.folder} is a model of the type {config.model_type!r}, of which transformers has no class without the "
                 "checkpoint's own code; merge it in memory: tt.merge(model, name, permanent=True)"
             )
+
+    def _on_meta(self, cls: type, config: Any) -> nn.Module:
+        with torch.device("meta"):
+            return cls(config).to(self.dtype).eval()
 
     # -- values
 
@@ -150,6 +163,8 @@ class Pretrained:
         """All parameters of a group; the last one is kept, since neighbours ask for it again."""
         if self._last is None or self._last[0] is not group:
             self._last = None
+            if group.converter is not None and any(key in self.parts for key in group.keys):
+                raise Unsupported(f"{group.params[0]} is made of quantised tensors, which cannot be stacked as they are")
             self._last = group, self.names.read(group, self.tensor)
         return self._last[1]
 
@@ -158,8 +173,23 @@ class Pretrained:
         self._last = None
 
     def tensor(self, key: str) -> Tensor:
-        """One tensor of the checkpoint."""
+        """One tensor of the checkpoint; a quantised weight as its library's parameter."""
+        if key in self.parts:
+            return self.codec.read(key, lambda part: read_tensor(self.where[part], part))
         return read_tensor(self.where[key], key)
+
+    def keys(self, group: Group) -> list[str]:
+        """The names of all tensors of the files that hold a group: a quantised weight has several."""
+        return [part for key in group.keys for part in self.parts.get(key, [key])]
+
+    def stored_shape(self, group: Group) -> tuple[int, ...] | None:
+        """The shape of a parameter in the files, where one dense tensor is one parameter."""
+        key = group.keys[0]
+        return None if group.converter is not None or key in self.parts else self.where[key].entries[key].shape
+
+    def dense_shape(self, key: str) -> torch.Size:
+        """The shape that a quantised weight has in the model."""
+        return self.model.get_parameter(self.names.groups_by_key[key].params[0]).shape
 
     def value(self, path: str, tensor: str) -> Tensor | None:
         """See ``artifacts.base.Base``."""
@@ -168,11 +198,6 @@ class Pretrained:
             return None
         values = self.values(group)
         return next(values[name] for name in self.parameter_names(path, tensor) if name in values)
-
-
-def _on_meta(cls: type, config: Any) -> nn.Module:
-    with torch.device("meta"):
-        return cls(config).eval()
 
 
 def _under(prefix: str, model: nn.Module) -> nn.Module:

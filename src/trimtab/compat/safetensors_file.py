@@ -151,7 +151,7 @@ def read_tensor(header: Header, name: str) -> Tensor:
 
 def write_file(
     file: Path,
-    tensors: Iterable[tuple[str, str, tuple[int, ...]]],
+    tensors: Iterable[tuple[str, str, tuple[int, ...] | None]],
     produce: Callable[[str], Tensor | tuple[Header, str]],
     *,
     metadata: Mapping[str, str],
@@ -159,34 +159,42 @@ def write_file(
     """Write ``file`` in one step (a hidden draft is renamed at the end), a tensor at a time.
 
     Args:
-        tensors: ``(name, dtype, shape)`` in the order of their bytes.
+        tensors: ``(name, dtype, shape)`` in the order of their bytes; a shape of None is the tensor's own.
         produce: name -> the tensor, of that dtype and shape, or where its bytes stand in another file, to be copied as they are.
     """
-    listed = list(tensors)
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    at = 0
-    for name, dtype, shape in listed:
-        end = at + DTYPES[dtype].itemsize * math.prod(shape)
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
-        at = end
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
+    listed = {name: (dtype, shape) for name, dtype, shape in tensors}
+    raw = _header(listed, metadata)
+    open_shapes = any(shape is None for _, shape in listed.values())
     draft = file.with_name(f".{file.name}.part")
     with open(draft, "wb") as stream:
         stream.write(len(raw).to_bytes(8, "little") + raw)
-        for name, dtype, shape in listed:
+        for name, (dtype, shape) in listed.items():
             source = produce(name)
             if isinstance(source, tuple):
                 _copy(stream, *source)
                 continue
-            if source.dtype != DTYPES[dtype] or tuple(source.shape) != tuple(shape):
-                raise CheckpointMismatch(
-                    f"{name!r} is {source.dtype} {tuple(source.shape)} where {dtype} {tuple(shape)} is to be written"
-                )
+            if source.dtype != DTYPES[dtype] or tuple(source.shape) != (tuple(source.shape) if shape is None else tuple(shape)):
+                raise CheckpointMismatch(f"{name!r} is {source.dtype} {tuple(source.shape)} where {dtype} {shape} is to be written")
+            listed[name] = dtype, tuple(source.shape)
             stream.write(source.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        if open_shapes:  # now they are known; the room was left for them
+            stream.seek(8)
+            stream.write(_header(listed, metadata).ljust(len(raw)))
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(draft, file)
+
+
+def _header(listed: Mapping[str, tuple[str, tuple[int, ...] | None]], metadata: Mapping[str, str]) -> bytes:
+    """The JSON, as long as it can become where a shape is not known yet."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    at = 0
+    for name, (dtype, shape) in listed.items():
+        size = 10**15 if shape is None else DTYPES[dtype].itemsize * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": [10**15] if shape is None else list(shape), "data_offsets": [at, at + size]}
+        at += size
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    return raw + b" " * (-len(raw) % 8)
 
 
 def _copy(out: BinaryIO, header: Header, name: str) -> None:

@@ -50,6 +50,7 @@ class WeightNames:
         self.model = model
         self.params = set(model.state_dict())
         self.groups: dict[str, Group] = {}  # by parameter
+        self.groups_by_key: dict[str, Group] = {}
         found: dict[str, Group] = {}
         renamings, converters = _conversions(model)
         self.conversions = [*renamings, *converters]
@@ -59,6 +60,7 @@ class WeightNames:
             group = found.setdefault(name, Group([], [], converter, name))
             group.keys.append(key)
             group.patterns += (pattern,)
+            self.groups_by_key[key] = group
         for name, group in found.items():
             group.params = [p for p in _targets(name, group.converter) if p in self.params]
             for param in group.params:
