@@ -234,7 +234,8 @@ def test_a_quantised_base_is_merged_into_as_is_said(kind, quantised, tmp_path) -
     assert type(again.get_submodule(path).weight) is type(model.get_submodule(path).weight)
     tt.merge(model, "a", into="requantised")
     mine, other_way = values(again, path).float(), values(model, path).float()
-    assert (mine - other_way).norm() < 0.01 * other_way.norm()
+    # codes at a border may differ, since one way rounds to bf16 before it quantises; the loss is the same
+    assert (mine - other_way).norm() < 0.04 * other_way.norm() and (mine - exact).norm() < 1.02 * (other_way - exact).norm()
     assert torch.equal(values(again, other), before)
     # the loss of quantising again is reported, and is the greater part of a small update
     row = next(row for row in report if row["path"] == path)
