@@ -58,6 +58,7 @@ __all__ = [
 
 # verbs that need more than torch, safetensors and numpy; imported by their first use
 _VERBS = {
+    "convert": "trimtab.artifacts.convert",
     "merge_checkpoint": "trimtab.artifacts.merge_base",
     "combine": "trimtab.artifacts.combine",
     "merge_rule": "trimtab.artifacts.rules",

@@ -13,7 +13,7 @@ from trimtab.core import fingerprint
 from trimtab.core.site import Site
 from trimtab.core.state import ATTRIBUTE
 
-__all__ = ["Base", "LiveBase", "values_in"]
+__all__ = ["Base", "LiveBase", "check", "sample_of", "values_in"]
 
 
 class Base(Protocol):
@@ -54,6 +54,12 @@ def check(base: Base, stored: dict[str, Any], source: str) -> None:
         CheckpointMismatch: they are another base's.
     """
     fingerprint.compare(base.root, stored, source, value=base.value)
+
+
+def sample_of(base: Base, sites: list[Site]) -> dict[str, Any]:
+    """The sample of a base's weights that an adapter at ``sites`` carries."""
+    taken = fingerprint.take(base.root, sites, value=lambda site: base.value(site.path, site.tensor))
+    return taken | {"class": getattr(base, "class_name", taken["class"])}
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from trimtab.core.site import Site
 from trimtab.core.table import Table
 from trimtab.kernels.thin import Thin, Update, cut, dense, distance, norm
 
-__all__ = ["check_weights", "combine", "common_base", "open_base", "place_seed"]
+__all__ = ["check_size", "check_weights", "combine", "merge_all", "common_base", "open_base", "place_seed"]
 
 
 def combine(
@@ -75,11 +75,11 @@ def combine(
     entry = rule_entry(rule)
     values = entry.bind(parameters)
     factors = check_weights(adapters, weights, entry)
-    _check_size(rank, max_error)
+    check_size(rank, max_error)
     model = open_base(base, adapters)
     opened = [open_saved(path, model) for path in adapters]
     sample = common_base(opened)
-    merged, report = _merge_all(opened, factors, entry, values, model, rank=rank, max_error=max_error, seed=seed)
+    merged, report = merge_all(opened, factors, entry, values, model, rank=rank, max_error=max_error, seed=seed)
     made = {
         "by": "combine", "rule": rule, "weights": factors, "parameters": values, "seed": seed,
         "from": [{"name": s.group.name, "source": Path(s.source).name, "mark": s.mark} for s in opened],
@@ -110,7 +110,7 @@ def check_weights(adapters: Sequence[Any], weights: Sequence[float] | None, rule
     return found
 
 
-def _check_size(rank: int | None, max_error: float | None) -> None:
+def check_size(rank: int | None, max_error: float | None) -> None:
     if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
         raise ShapeMismatch(f"a rank is an integer of at least 1; found {rank!r}")
     if max_error is not None and not 0 <= max_error < 1:
@@ -156,7 +156,7 @@ def place_seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "little") >> 1
 
 
-def _merge_all(
+def merge_all(
     opened: Sequence[Saved],
     weights: list[float],
     rule: RuleEntry,

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from trimtab.artifacts.base import Base, check
+from trimtab.artifacts.base import Base, check, sample_of, values_in
 from trimtab.artifacts.skeleton import skeleton
 from trimtab.core.checkpoint import MANIFEST, fill, formats, read_manifest, read_tensors, rebuild
 from trimtab.core.contracts import Adapter
@@ -101,9 +102,10 @@ def open_saved(path: str | os.PathLike, base: Base | None = None, **options: Any
             check(base, sample, str(path))
         mark = manifest["seal"]
     else:
-        root = skeleton(formats()[kind].places(path)) if base is None else base.root
-        name, adapters, tensors = formats()[kind].read(root, path, **options)
-        sample, mark = {"class": type(root).__name__, "samples": {}}, _mark(path, options)
+        name, adapters, tensors = _read(path, kind, base, options)
+        sites = [adapter.site for adapter in adapters]
+        sample = {"class": "unknown", "samples": {}} if base is None else sample_of(base, sites)
+        mark = _mark(path, options)
     for adapter in adapters:
         if adapter.site.is_meta:
             adapter.site.device = torch.device("cpu")  # the base's modules may have no values, the adapter has
@@ -111,6 +113,21 @@ def open_saved(path: str | os.PathLike, base: Base | None = None, **options: Any
     for adapter in adapters:
         adapter.eval().requires_grad_(False)
     return Saved(str(path), kind, Group(name, adapters, trainable=False), sample, mark)
+
+
+def _read(path: Path, kind: str, base: Base | None, options: dict[str, Any]) -> tuple[str, list[Adapter], dict[str, Tensor]]:
+    """What the reader of a format finds; on a base of shapes alone once more with values, where a start is computed from them."""
+    format = formats()[kind]
+    root = skeleton(format.places(path), "unknown") if base is None else base.root
+    found = format.read(root, path, **options)
+    places = {f"{a.site.path}.{a.site.slot}": a.site for a in found[1]}
+    empty = [places[key.rpartition(".")[0]] for key, value in found[2].items() if value.is_meta]
+    if not empty:
+        return found
+    if base is None:
+        raise Unsupported(f"{path} starts from the base's weights at {empty[0].name}; say which base it is for: base=...")
+    with values_in(base, empty):
+        return format.read(root, path, **options)
 
 
 def _mark(path: Path, options: dict[str, Any]) -> str:

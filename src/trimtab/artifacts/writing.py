@@ -87,11 +87,10 @@ def write_adapters(
 
 def _modules_of(adapters: Sequence[Adapter], class_name: str) -> nn.Module:
     """The adapters' modules alone, which tell another format what it needs to know where no base is given."""
-    parts = [a.site.name for a in adapters if a.site.rows is not None]
-    if parts:
-        raise Unsupported(
-            f"{parts[0]} is rows of a fused layer, whose whole size the base alone knows; say which base it is for: base=..."
-        )
+    unknown = [a.site for a in adapters if a.site.rows is not None or a.site.kind in ("conv", "grouped")]
+    if unknown:
+        what = "rows of a fused layer, whose whole size" if unknown[0].rows is not None else "a convolution, whose kernel's shape"
+        raise Unsupported(f"{unknown[0].name} is {what} the base alone knows; say which base it is for: base=...")
     return skeleton([place_entry(adapter) for adapter in adapters], class_name)
 
 

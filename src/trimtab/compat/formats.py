@@ -2,7 +2,7 @@
 
 A format is an object with
 
-- ``test(path) -> bool``: whether what is there, a folder or a file, is of this format;
+- ``test(path) -> bool``: whether what is there, a folder or a file, is of this format; ``CheckpointMismatch`` for a damaged file;
 - ``read(root, path, *, trainable=False, **options) -> (name, adapters, values)``: adapters with shapes only on the modules of
   ``root``, and their tensors by ``<path>.<slot>.<name>``; strict: every stored tensor is used, every needed one is there;
 - ``load(root, path, *, name, trainable, active) -> str``: the same, attached;
@@ -12,6 +12,9 @@ A format is an object with
 
 from __future__ import annotations
 
-import trimtab.compat.peft  # noqa: F401
+import trimtab.compat.adapterhub
+import trimtab.compat.kohya
+import trimtab.compat.peft
+import trimtab.compat.torchtune  # noqa: F401
 
 __all__: list[str] = []

@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from trimtab.compat.peft_files import (
     CONFIG,
     factor_places,
+    others_config,
     read_config,
     read_tensors,
     report,
     saved_whole,
     targeted,
 )
+from trimtab.compat.peft_norms import read_norms
 from trimtab.compat.peft_table import layer_of
 from trimtab.compat.peft_twins import TWINS
 from trimtab.compat.peft_write import write
@@ -64,8 +66,8 @@ class PeftFolder:
 
     @staticmethod
     def test(folder: Path) -> bool:
-        """Whether ``folder`` holds a peft adapter."""
-        return (folder / CONFIG).is_file()
+        """Whether ``folder`` holds a peft adapter, whole or damaged; two other libraries use the config's name too."""
+        return (folder / CONFIG).is_file() and not others_config(folder)
 
     @staticmethod
     def load(root: nn.Module, folder: Path, *, name: str | None, trainable: bool, active: bool | None) -> str:
@@ -83,6 +85,9 @@ class PeftFolder:
     @staticmethod
     def read(root: nn.Module, folder: Path, *, trainable: bool = False) -> tuple[str, list[Adapter], dict[str, Tensor]]:
         """Name, adapters with shapes only, and their tensors; raises as ``load`` does."""
+        config = read_config(folder)
+        if config["peft_type"] == "LN_TUNING":
+            return "default", *read_norms(root, folder, config)
         return "default", *_Reader(root, folder, trainable).read()
 
     @staticmethod

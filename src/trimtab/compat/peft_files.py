@@ -23,8 +23,10 @@ from trimtab.core.files import sync
 
 __all__ = [
     "CONFIG",
+    "NORM_COPY",
     "PREFIX",
     "factor_places",
+    "others_config",
     "pattern_key",
     "read_config",
     "read_tensors",
@@ -38,6 +40,8 @@ CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 PREFIX = "base_model.model."
+#: below a norm's path, the name of the copy that LN_TUNING trains
+NORM_COPY = "ln_tuning_layers"
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -54,6 +58,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise CheckpointMismatch(f"{file} is not a peft config: it names no peft_type")
     return config
+
+
+def others_config(folder: Path) -> bool:
+    """Whether the config in ``folder`` is adapter-hub's, or stands beside torchtune's own file alone."""
+    if (folder / "adapter_model.pt").is_file() and not any((folder / name).is_file() for name in (TENSORS, PICKLE)):
+        return True
+    try:
+        config = json.loads((folder / CONFIG).read_text("utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return False
+    return isinstance(config, dict) and "peft_type" not in config and isinstance(config.get("config"), dict)
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
