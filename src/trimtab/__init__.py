@@ -58,6 +58,12 @@ __all__ = [
 
 # verbs that need more than torch, safetensors and numpy; imported by their first use
 _VERBS = {
+    "search_weights": "trimtab.artifacts.lorahub",
+    "convert": "trimtab.artifacts.convert",
+    "merge_checkpoint": "trimtab.artifacts.merge_base",
+    "combine": "trimtab.artifacts.combine",
+    "merge_rule": "trimtab.artifacts.rules",
+    "merge_rules": "trimtab.artifacts.rules",
     "methods": "trimtab.core.probe",
     "plan": "trimtab.training.plan",
     "train": "trimtab.training",

@@ -9,23 +9,28 @@ rank 2r on the untouched base; rows of a fused projection; ranks by place where 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trimtab.compat.peft_files import (
     CONFIG,
+    factor_places,
+    others_config,
     read_config,
     read_tensors,
     report,
     saved_whole,
     targeted,
 )
+from trimtab.compat.peft_norms import read_norms
 from trimtab.compat.peft_table import layer_of
 from trimtab.compat.peft_twins import TWINS
 from trimtab.compat.peft_write import write
 from trimtab.core import anatomy
-from trimtab.core.checkpoint import FORMATS, install, shapes_only
+from trimtab.core.bank import shapes_only
+from trimtab.core.checkpoint import FORMATS, install
 from trimtab.core.contracts import Adapter, MethodConfig
 from trimtab.core.errors import (
     CheckpointMismatch,
@@ -62,8 +67,8 @@ class PeftFolder:
 
     @staticmethod
     def test(folder: Path) -> bool:
-        """Whether ``folder`` holds a peft adapter."""
-        return (folder / CONFIG).is_file()
+        """Whether ``folder`` holds a peft adapter, whole or damaged; two other libraries use the config's name too."""
+        return (folder / CONFIG).is_file() and not others_config(folder)
 
     @staticmethod
     def load(root: nn.Module, folder: Path, *, name: str | None, trainable: bool, active: bool | None) -> str:
@@ -73,10 +78,27 @@ class PeftFolder:
             CheckpointMismatch: damaged files, missing or unused tensors. ShapeMismatch: another base, or another rank than
             the config's. NoMatch: modules that this model lacks. Unsupported: what trimtab has no exact form for.
         """
-        adapters, values = _Reader(root, folder, trainable).read()
+        _, adapters, values = PeftFolder.read(root, folder, trainable=trainable)
         return install(
             root, adapters, values, name=name or "default", trainable=trainable, active=active, source=str(folder)
         )
+
+    @staticmethod
+    def read(root: nn.Module, folder: Path, *, trainable: bool = False) -> tuple[str, list[Adapter], dict[str, Tensor]]:
+        """Name, adapters with shapes only, and their tensors; raises as ``load`` does."""
+        config = read_config(folder)
+        if config["peft_type"] == "LN_TUNING":
+            return "default", *read_norms(root, folder, config)
+        return "default", *_Reader(root, folder, trainable).read()
+
+    @staticmethod
+    def places(folder: Path) -> list[dict[str, Any]]:
+        """What low-rank factors tell of their places.
+
+        Raises:
+            Unsupported: another kind of tensor is there, whose layer the file does not tell.
+        """
+        return factor_places(folder, read_tensors(folder))
 
     @staticmethod
     def save(root: nn.Module, path: Path, name: str) -> Path:

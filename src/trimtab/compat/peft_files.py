@@ -17,11 +17,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trimtab.core.errors import CheckpointMismatch
+from trimtab.compat.safetensors_file import read_header
+from trimtab.core.errors import CheckpointMismatch, Unsupported
+from trimtab.core.files import sync
 
 __all__ = [
     "CONFIG",
+    "NORM_COPY",
     "PREFIX",
+    "factor_places",
+    "others_config",
     "pattern_key",
     "read_config",
     "read_tensors",
@@ -35,6 +40,8 @@ CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 PREFIX = "base_model.model."
+#: below a norm's path, the name of the copy that LN_TUNING trains
+NORM_COPY = "ln_tuning_layers"
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -53,6 +60,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def others_config(folder: Path) -> bool:
+    """Whether the config in ``folder`` is adapter-hub's, or stands beside torchtune's own file alone."""
+    if (folder / "adapter_model.pt").is_file() and not any((folder / name).is_file() for name in (TENSORS, PICKLE)):
+        return True
+    try:
+        config = json.loads((folder / CONFIG).read_text("utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return False
+    return isinstance(config, dict) and "peft_type" not in config and isinstance(config.get("config"), dict)
+
+
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """The tensors, fp16 and bf16 ones as float32 (as peft loads them), without peft's and compile's prefixes.
 
@@ -65,6 +83,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     if not file.is_file():
         inside = ", ".join(sorted(p.name for p in folder.iterdir()))
         raise CheckpointMismatch(f"{folder} is no whole peft adapter: it lacks {TENSORS} (found: {inside})")
+    if file.name == TENSORS:
+        read_header(file)  # says at which byte a damaged file is damaged
     try:
         stored = load_file(file) if file.name == TENSORS else torch.load(file, map_location="cpu", weights_only=True)
     except SafetensorError as error:
@@ -76,6 +96,35 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         key.replace("_orig_mod.", "").removeprefix(PREFIX): value.to(wide.get(value.dtype, value.dtype))
         for key, value in stored.items()
     }
+
+
+#: names of a layer's two factors -> kind of the layer; shapes (r, in) and (out, r)
+_FACTORS = {
+    ("lora_A.weight", "lora_B.weight"): "linear",
+    ("lora_A", "lora_B"): "linear",
+    ("lora_embedding_A", "lora_embedding_B"): "embedding",
+}
+
+
+def factor_places(folder: Path, tensors: dict[str, Tensor]) -> list[dict[str, Any]]:
+    """Entries as a manifest's for the layers that low-rank factors name: path, kind and shape (out, in).
+
+    Raises:
+        Unsupported: a tensor that belongs to no pair of matrices, such as a kernel or a saved module.
+    """
+    places = []
+    left = set(tensors)
+    for (first, second), kind in _FACTORS.items():
+        for key in sorted(k for k in tensors if k.endswith(f".{first}")):
+            path = key.removesuffix(f".{first}")
+            a, b = tensors[key], tensors.get(f"{path}.{second}")
+            if b is not None and a.dim() == b.dim() == 2:
+                places.append({"path": path, "tensor": "weight", "kind": kind, "shape": [b.shape[0], a.shape[1]]})
+                left -= {k for k in left if k.startswith(f"{path}.") and k.removeprefix(f"{path}.").startswith("lora_")}
+    if left:
+        more = f" and {len(left) - 1} more" * (len(left) > 1)
+        raise Unsupported(f"{folder} holds {min(left)}{more}, which does not tell its layer; say which base it is for: base=...")
+    return places
 
 
 def write_folder(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
@@ -93,12 +142,12 @@ def write_folder(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor
     draft.mkdir(exist_ok=True)
     part = draft / f".{TENSORS}.{os.getpid()}.part"
     save_file(tensors, part, metadata={"format": "pt"})
-    _sync(part)
+    sync(part)
     os.replace(part, draft / TENSORS)
     if same:
         return folder
     (draft / CONFIG).write_text(text, "utf-8")
-    _sync(draft / CONFIG)
+    sync(draft / CONFIG)
     if not folder.exists():
         os.rename(draft, folder)
         return folder
@@ -110,14 +159,6 @@ def write_folder(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor
             os.replace(entry, folder / entry.name)
     shutil.rmtree(old)
     return folder
-
-
-def _sync(file: Path) -> None:
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _named(names: str | Collection[str] | None, path: str) -> bool:

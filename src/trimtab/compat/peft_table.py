@@ -7,13 +7,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from trimtab.compat.peft_files import pattern_key
 from trimtab.core.contracts import Adapter, MethodConfig
 from trimtab.core.site import Site
 
-__all__ = ["Fields", "Stored", "Tensors", "Twin", "channels", "kernel", "layer_of", "pointwise"]
+__all__ = [
+    "Fields", "Stored", "Tensors", "Twin", "channels", "kernel", "layer_of", "pack_ia3", "pack_projections", "pointwise",
+    "projections", "slices", "unpack_ia3",
+]  # fmt: skip
 
 Fields = dict[str, Any]
 Tensors = dict[str, Tensor]
@@ -92,6 +96,7 @@ class Twin:
         patterns: field -> the field that overrides it by place, and the prefix that a pattern may have.
         unpack, pack: other changes of a place's tensors, after reading and before writing.
         common, pack_common: tensors that all places share.
+        gather: fields that all places make together, such as lists of them.
     """
 
     peft_type: str
@@ -106,9 +111,10 @@ class Twin:
     patterns: dict[str, str] = field(default_factory=dict)
     prefix: str = r"(.*\.)?"
     unpack: Callable[[Tensors, Fields, Site, Tensors], Tensors] = lambda stored, fields, site, common: stored
-    pack: Callable[[Tensors, Fields], Tensors] = lambda stored, fields: stored
+    pack: Callable[[Tensors, Fields, Adapter], Tensors] = lambda stored, fields, adapter: stored
     common: Callable[[Fields, list[Site], Tensors], Tensors] = lambda fields, sites, loose: {}
     pack_common: Callable[[list[Adapter]], Tensors | None] = lambda adapters: {}
+    gather: Callable[[list[Adapter]], Fields] = lambda adapters: {}
     #: names that ``unpack`` turns into others
     also: tuple[str, ...] = ()
 
@@ -124,3 +130,55 @@ class Twin:
             table = config.get(patterns) or {}
             fields[key] = table.get(pattern_key(table, path, self.prefix), fields[key])
         return fields
+
+
+# -- VeRA: A and B stand once in the file, or in the seed alone
+
+
+def projections(f: Fields, sites: list[Site], loose: Tensors) -> Tensors:
+    """The two matrices that all places share, as large as the largest place needs."""
+    if not sites:
+        return {}
+    # moved before they are cut, so that all places see one storage; a base of shapes alone has no device
+    device = torch.device("cpu") if sites[0].is_meta else sites[0].device
+    if f["save_projection"]:
+        names = {"vera_A": "base_model.vera_A", "vera_B": "base_model.vera_B"}
+        return {key: loose.pop(name).to(device) for key, name in names.items() if name in loose}
+    out, fan_in = max(s.shape[-2] for s in sites), max(s.shape[-1] for s in sites)
+    rng = torch.Generator().manual_seed(f["projection_prng_key"])
+    draw = lambda *shape: torch.empty(shape).uniform_(-math.sqrt(6 / shape[1]), math.sqrt(6 / shape[1]), generator=rng)  # noqa: E731
+    return {"vera_A": draw(f["r"], fan_in).to(device), "vera_B": draw(out, f["r"]).to(device)}
+
+
+def slices(stored: Tensors, f: Fields, site: Site, common: Tensors) -> Tensors:
+    """A place's own part of the two matrices."""
+    out, fan_in = site.shape
+    if "vera_A" in common and "vera_B" in common:
+        stored |= {"vera_A": common["vera_A"][:, :fan_in], "vera_B": common["vera_B"][:out]}
+    return stored
+
+
+def pack_projections(adapters: list[Any]) -> Tensors | None:
+    """The two matrices of all places, or None if they are not parts of one pair."""
+    A = max((a.A for a in adapters), key=lambda v: v.shape[1]).detach()
+    B = max((a.B for a in adapters), key=lambda v: v.shape[0]).detach()
+    if not all(torch.equal(a.A, A[:, : a.A.shape[1]]) and torch.equal(a.B, B[: a.B.shape[0]]) for a in adapters):
+        return None  # attached in several calls: more than one pair
+    return {"base_model.vera_A": A, "base_model.vera_B": B}
+
+
+# -- IA3: the shape of a gain tells its side, (1, in) or (out, 1)
+
+
+def unpack_ia3(stored: Tensors, f: Fields, site: Site, common: Tensors) -> Tensors:
+    """The gain as a vector, and its side among the fields."""
+    gain = stored.get("ia3_l")
+    if gain is None:
+        return stored
+    f["side"] = "input" if gain.shape[0] == 1 else "output"
+    return stored | {"ia3_l": gain.flatten()}
+
+
+def pack_ia3(stored: Tensors, f: Fields, adapter: Any) -> Tensors:
+    """The gain as peft has it."""
+    return {key: v[None] if adapter.at_input else v[:, None] for key, v in stored.items()}

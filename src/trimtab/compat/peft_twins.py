@@ -12,13 +12,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.compat.peft_table import Fields, Stored, Tensors, Twin, channels, kernel, pointwise
+from trimtab.compat.peft_table import (
+    Fields,
+    Stored,
+    Tensors,
+    Twin,
+    channels,
+    kernel,
+    pack_ia3,
+    pack_projections,
+    pointwise,
+    projections,
+    slices,
+    unpack_ia3,
+)
 from trimtab.core.contracts import MethodConfig
 from trimtab.core.errors import Unsupported
 from trimtab.core.registry import get
 from trimtab.core.site import Site
 
-__all__ = ["LORA", "TWINS"]
+__all__ = ["LORA", "TWINS", "tucker"]
 
 
 # -- LoRA, rsLoRA, DoRA; PiSSA and OLoRA as far as peft starts them again at every load
@@ -121,7 +134,7 @@ def _pruned(stored: Tensors, f: Fields, site: Site, common: Tensors) -> Tensors:
 # -- LoHa and LoKr, with their Tucker form for convolutions, which has an exact matrix form
 
 
-def _tucker(stored: Tensors, t: str, a: str, b: str) -> None:
+def tucker(stored: Tensors, t: str, a: str, b: str) -> None:
     """``a`` (r, out), ``b`` (r, in), ``t`` (r, r, k...) -> ``a`` (out, r), ``b`` (r, in * k)."""
     core = stored.pop(t)
     r, s = core.shape[:2]
@@ -132,13 +145,13 @@ def _tucker(stored: Tensors, t: str, a: str, b: str) -> None:
 def _unpack_loha(stored: Tensors, f: Fields, site: Site, common: Tensors) -> Tensors:
     for i in "12":
         if {f"hada_t{i}", f"hada_w{i}_a", f"hada_w{i}_b"} <= set(stored):
-            _tucker(stored, f"hada_t{i}", f"hada_w{i}_a", f"hada_w{i}_b")
+            tucker(stored, f"hada_t{i}", f"hada_w{i}_a", f"hada_w{i}_b")
     return stored
 
 
 def _unpack_lokr(stored: Tensors, f: Fields, site: Site, common: Tensors) -> Tensors:
     if {"lokr_t2", "lokr_w2_a", "lokr_w2_b"} <= set(stored):
-        _tucker(stored, "lokr_t2", "lokr_w2_a", "lokr_w2_b")
+        tucker(stored, "lokr_t2", "lokr_w2_a", "lokr_w2_b")
     return stored
 
 
@@ -177,7 +190,7 @@ def _write_oft(config: Any) -> Fields | None:
     }  # fmt: skip
 
 
-def _sign(stored: Tensors, f: Fields) -> Tensors:
+def _sign(stored: Tensors, f: Fields, adapter: Any = None) -> Tensors:
     """peft's Neumann branch is the transpose of its exact one: a rotation by ``-Q``."""
     return {key: -value for key, value in stored.items()} if f["use_cayley_neumann"] else stored
 
@@ -193,37 +206,6 @@ def _write_boft(config: Any) -> Fields:
         "boft_block_size": 0 if config.blocks else config.size(0), "boft_block_num": config.blocks or 0,
         "boft_n_butterfly_factor": config.factors, "boft_dropout": config.dropout,
     }  # fmt: skip
-
-
-# -- VeRA: A and B stand once in the file, or in the seed alone
-
-
-def _projections(f: Fields, sites: list[Site], loose: Tensors) -> Tensors:
-    if not sites:
-        return {}
-    device = sites[0].device  # moved before they are cut, so that all places see one storage
-    if f["save_projection"]:
-        names = {"vera_A": "base_model.vera_A", "vera_B": "base_model.vera_B"}
-        return {key: loose.pop(name).to(device) for key, name in names.items() if name in loose}
-    out, fan_in = max(s.shape[-2] for s in sites), max(s.shape[-1] for s in sites)
-    rng = torch.Generator().manual_seed(f["projection_prng_key"])
-    draw = lambda *shape: torch.empty(shape).uniform_(-math.sqrt(6 / shape[1]), math.sqrt(6 / shape[1]), generator=rng)  # noqa: E731
-    return {"vera_A": draw(f["r"], fan_in).to(device), "vera_B": draw(out, f["r"]).to(device)}
-
-
-def _slices(stored: Tensors, f: Fields, site: Site, common: Tensors) -> Tensors:
-    out, fan_in = site.shape
-    if "vera_A" in common and "vera_B" in common:
-        stored |= {"vera_A": common["vera_A"][:, :fan_in], "vera_B": common["vera_B"][:out]}
-    return stored
-
-
-def _pack_projections(adapters: list[Any]) -> Tensors | None:
-    A = max((a.A for a in adapters), key=lambda v: v.shape[1]).detach()
-    B = max((a.B for a in adapters), key=lambda v: v.shape[0]).detach()
-    if not all(torch.equal(a.A, A[:, : a.A.shape[1]]) and torch.equal(a.B, B[: a.B.shape[0]]) for a in adapters):
-        return None  # attached in several calls: more than one pair
-    return {"base_model.vera_A": A, "base_model.vera_B": B}
 
 
 # -- MiSS, Bone and Bat
@@ -344,10 +326,10 @@ TWINS: dict[str, Twin] = {
                 "save_projection": True,
             },
             harmless=("init_weights",),
-            unpack=_slices,
-            pack=lambda stored, fields: {k: v for k, v in stored.items() if k not in ("vera_A", "vera_B")},
-            common=_projections,
-            pack_common=_pack_projections,
+            unpack=slices,
+            pack=lambda stored, fields, adapter: {k: v for k, v in stored.items() if k not in ("vera_A", "vera_B")},
+            common=projections,
+            pack_common=pack_projections,
         ),
         Twin(
             peft_type="FOURIERFT",
@@ -371,6 +353,19 @@ TWINS: dict[str, Twin] = {
             fields={"r": ..., "miss_dropout": 0.0, "mini_r": 1, "init_weights": ...},
             read=_read_miss,
             write=_write_miss,
+        ),
+        Twin(
+            peft_type="IA3",
+            methods=("IA3",),
+            tensors=(Stored("l", "ia3_l"),),
+            layers=frozenset({"Linear", "Conv1D"}),
+            fields={},
+            read=lambda f, stored: get("IA3")(side=f.get("side", "output")),
+            write=lambda c: {},
+            harmless=("feedforward_modules", "init_ia3_weights"),
+            unpack=unpack_ia3,
+            pack=pack_ia3,
+            gather=lambda adapters: {"feedforward_modules": [a.site.path for a in adapters if a.at_input]},
         ),
         Twin(
             peft_type="BONE",  # peft's name for MiSS until 0.17; read only

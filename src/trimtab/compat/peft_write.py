@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from trimtab.compat.peft_files import PREFIX, targeted, write_folder
+from trimtab.compat.peft_files import NORM_COPY, PREFIX, targeted, write_folder
 from trimtab.compat.peft_table import Twin, layer_of
 from trimtab.compat.peft_twins import LORA, TWINS
 from trimtab.core.contracts import Adapter, Reparameterization, Selection
@@ -34,6 +34,11 @@ def write(root: nn.Module, path: Path, name: str) -> Path:
     adapters = adapter_group(state_of(root), name).adapters
     rest = [a for a in adapters if not isinstance(a, Selection)]
     saved, whole = _saved_modules([a for a in adapters if isinstance(a, Selection)])
+    if not rest and all(type(a.config).__name__ == "NormTuning" for a in adapters):
+        paths = sorted({a.site.path for a in adapters})
+        copies = {f"{k.rpartition('.')[0]}.{NORM_COPY}.{k.rpartition('.')[2]}": v for k, v in whole.items()}
+        own = {"peft_type": "LN_TUNING", "modules_to_save": None}
+        return write_folder(path, _common(root, paths) | own, copies)
     if not rest:
         raise Unsupported(
             f"the adapter {name!r} only replaces parameters of the base, for which peft has no adapter type; "
@@ -43,17 +48,24 @@ def write(root: nn.Module, path: Path, name: str) -> Path:
     order = {p: i for i, (p, _) in enumerate(root.named_modules())}
     paths = sorted({a.site.path for a in rest}, key=order.__getitem__)
     config = {
+        **_common(root, paths),
         "peft_type": form.twin.peft_type,
-        "task_type": _task(root),
-        "base_model_name_or_path": getattr(getattr(root, "config", None), "_name_or_path", None) or None,
-        "inference_mode": True,
-        "target_modules": _targets(root, paths),
         "modules_to_save": _whole_names(root, saved) or None,
         **form.fields,
     }
     if any(layer_of(a.site) == "Conv1D" for a in rest):
         config["fan_in_fan_out"] = True
     return write_folder(path, config, form.tensors | whole)
+
+
+def _common(root: nn.Module, paths: list[str]) -> dict[str, Any]:
+    """Fields of every config."""
+    return {
+        "task_type": _task(root),
+        "base_model_name_or_path": getattr(getattr(root, "config", None), "_name_or_path", None) or None,
+        "inference_mode": True,
+        "target_modules": _targets(root, paths),
+    }
 
 
 def _task(root: nn.Module) -> str | None:
@@ -99,9 +111,9 @@ def _native(adapters: list[Adapter]) -> _Form | None:
     tensors = dict(common)
     for adapter in adapters:
         stored = {rules[key].name(adapter.site): _shaped(rules[key], adapter.site, v) for key, v in adapter.state_dict().items()}
-        for key, value in twin.pack(stored, fields).items():
+        for key, value in twin.pack(stored, fields, adapter).items():
             tensors[f"{PREFIX}{adapter.site.path}.{key}"] = value
-    return _Form(twin, fields, tensors)
+    return _Form(twin, fields | twin.gather(adapters), tensors)
 
 
 def _shaped(rule: Any, site: Site, value: Tensor) -> Tensor:

@@ -26,6 +26,13 @@ class _Weight(nn.Module):
         return self.adapter.weight(W)
 
 
+class _Factors(_Weight):
+    """Calls an adapter's ``factors`` as a forward."""
+
+    def forward(self) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return self.adapter.factors()
+
+
 class Bank(Reparameterization):
     """``weight(W)`` for W of shape (experts, out, in): expert e's matrix goes through expert e's own parameters.
 
@@ -40,6 +47,7 @@ class Bank(Reparameterization):
         adapters = [cls(config, expert, rng=rng) for expert in one]
         self.identity_at_start = cls.identity(config)
         self.needs_gradient = False
+        self.additive = cls.additive
         for key, _ in adapters[0].named_parameters():
             stack = torch.stack([dict(a.named_parameters())[key].detach() for a in adapters])
             self.register_parameter(key.replace(".", "__"), nn.Parameter(stack))
@@ -54,8 +62,18 @@ class Bank(Reparameterization):
 
     def weight(self, W: Tensor) -> Tensor:
         self._template.train(self.training)
-        names = {f"adapter.{k.replace('__', '.')}": v for k, v in (*self.named_parameters(), *self.named_buffers())}
-        return torch.vmap(lambda tensors, w: functional_call(self._template, tensors, (w,)))(names, W)
+        return torch.vmap(lambda tensors, w: functional_call(self._template, tensors, (w,)))(self._stacks(), W)
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """The experts' factors, (experts, out, r) and (experts, r, in), if the method has factors."""
+        adapter = self._template.adapter
+        if adapter.factors() is None:
+            return None
+        return torch.vmap(lambda tensors: functional_call(_Factors(adapter), tensors, ()))(self._stacks())
+
+    def _stacks(self) -> dict[str, Tensor]:
+        """The stacked tensors by the names that the template has for them."""
+        return {f"adapter.{k.replace('__', '.')}": v for k, v in (*self.named_parameters(), *self.named_buffers())}
 
 
 class _Expert(Site):

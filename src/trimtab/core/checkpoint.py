@@ -18,17 +18,21 @@ from trimtab.core.attach import mount_group
 from trimtab.core.bank import shapes_only
 from trimtab.core.contracts import Adapter
 from trimtab.core.errors import CheckpointMismatch, NoMatch, ShapeMismatch, TrimtabError, Unsupported, nearest, raise_all
+from trimtab.core.files import sync
 from trimtab.core.kinds import module_site, site_for
 from trimtab.core.registry import config_from_dict, config_to_dict
 from trimtab.core.selection import Place
 from trimtab.core.site import Cohort, Rows, Site
 from trimtab.core.state import Group, adapter_group, shapes_by_place, state_of, tensors_of, unwrap
 
-__all__ = ["FORMATS", "describe", "load", "read_manifest", "read_tensors", "rebuilt", "save"]
+__all__ = [
+    "FORMATS", "fill", "formats", "install", "load", "place_entry", "read_manifest", "read_tensors", "rebuild", "save",
+    "save_group", "site_of",
+]  # fmt: skip
 
 VERSION = 1
 MANIFEST = "manifest.json"
-#: other formats by name: an object with save(model, path, name), test(path) and load(model, path, ...); filled by trimtab.compat
+#: other formats by name, filled by trimtab.compat; trimtab/compat/formats.py says what each offers
 FORMATS: dict[str, Any] = {}
 
 
@@ -49,27 +53,30 @@ def save(model: nn.Module, path: str | os.PathLike, *, name: str | None = None, 
     root = unwrap(model)
     state = state_of(root)
     group = adapter_group(state, _only(list(state.groups), name))
-    tensors = tensors_of(group)
-    _refuse_bad(tensors)
     if format != "trimtab":
+        _refuse_bad(tensors_of(group))
         cut.refuse(root, f"the format {format!r}")
         return _format(format).save(root, Path(path), group.name)
-    unique, aliases = _without_copies(tensors)
-    return _write(Path(path), unique, describe(root, group) | {"aliases": aliases})
+    sample = fingerprint.take(root, [adapter.site for adapter in group.adapters])
+    return save_group(group, Path(path), base=sample, **cut.entry(root))
 
 
-def describe(root: nn.Module, group: Group) -> dict[str, Any]:
-    """The manifest of ``group``, but for what depends on files."""
+def save_group(group: Group, folder: Path, *, base: dict[str, Any], **more: Any) -> Path:
+    """Write adapters that need not be on a model; ``base``: the sample of its weights; ``more`` goes into the manifest."""
     tensors = tensors_of(group)
-    return {
+    _refuse_bad(tensors)
+    unique, aliases = _without_copies(tensors)
+    manifest = {
         "format": "trimtab",
         "version": VERSION,
         "name": group.name,
-        "places": [_place_entry(adapter) for adapter in group.adapters],
+        "places": [place_entry(adapter) for adapter in group.adapters],
         "tensors": {key: {"shape": list(v.shape), "dtype": str(v.dtype).removeprefix("torch.")} for key, v in tensors.items()},
-        "base": fingerprint.take(root, [adapter.site for adapter in group.adapters]),
-        **cut.entry(root),
+        "aliases": aliases,
+        "base": base,
+        **more,
     }
+    return _write(folder, unique, manifest)
 
 
 def load(
@@ -99,14 +106,14 @@ def load(
     root = unwrap(model)
     folder = Path(path)
     if not (folder / MANIFEST).exists():
-        for other in _formats().values():
+        for other in formats().values():
             if other.test(folder):
                 return other.load(root, folder, name=name, trainable=trainable, active=active)
     manifest = read_manifest(folder)
     tensors = read_tensors(folder, manifest)
     name = name or manifest["name"]
     cut.check(root, manifest, str(folder))
-    adapters = rebuilt(root, manifest)
+    adapters = rebuild(root, manifest)
     if check_base:
         fingerprint.compare(root, manifest["base"], str(folder))
     return install(root, adapters, tensors, name=name, trainable=trainable, active=active, source=str(folder))
@@ -126,7 +133,7 @@ def install(
     state = state_of(root, create=False) if "_trimtab_state" in root.__dict__ else None
     if state is not None and name in state.groups:
         raise Unsupported(f"an adapter named {name!r} is attached already; load it with name=..., or tt.detach it first")
-    _fill(adapters, tensors, source)
+    fill(adapters, tensors, source)
     mount_group(root, name, adapters, trainable=trainable)
     state = state_of(root)
     if active or (active is None and len(state.groups) == 1):
@@ -172,15 +179,15 @@ def _only(names: list[str], name: str | None) -> str:
     return names[0]
 
 
-def _formats() -> dict[str, Any]:
+def formats() -> dict[str, Any]:
     """The other formats; their modules are imported by the first folder that has no manifest."""
-    import trimtab.compat.peft  # noqa: F401  fills FORMATS
+    import trimtab.compat.formats  # noqa: F401  fills FORMATS
 
     return FORMATS
 
 
 def _format(format: str) -> Any:
-    if format not in _formats():
+    if format not in formats():
         raise Unsupported(f"unknown format {format!r}{nearest(format, ['trimtab', *FORMATS])}")
     return FORMATS[format]
 
@@ -210,7 +217,7 @@ def _without_copies(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict
     return unique, aliases
 
 
-def _place_entry(adapter: Adapter) -> dict[str, Any]:
+def place_entry(adapter: Adapter) -> dict[str, Any]:
     site = adapter.site
     entry: dict[str, Any] = {"path": site.path, "tensor": site.tensor, "kind": site.kind, "shape": list(site.shape)}
     if site.part is not None:
@@ -227,14 +234,14 @@ def _write(folder: Path, tensors: dict[str, Tensor], manifest: dict[str, Any]) -
     part = folder / f".adapter.{os.getpid()}.part"
     save_file(tensors, part, metadata={"format": "pt", "writer": "trimtab"})
     digest = _hash(part)
-    _sync(part)
+    sync(part)
     final = folder / f"adapter-{digest[:12]}.safetensors"
     os.replace(part, final)
     manifest = manifest | {"file": final.name, "sha256": digest}
     text = json.dumps(manifest | {"seal": _seal(manifest)}, indent=1, sort_keys=True) + "\n"
     draft = folder / f".{MANIFEST}.{os.getpid()}.part"
     draft.write_text(text, "utf-8")
-    _sync(draft)
+    sync(draft)
     os.replace(draft, folder / MANIFEST)
     for stale in folder.glob("adapter-*.safetensors"):
         if stale.name != final.name:
@@ -246,14 +253,6 @@ def _seal(manifest: dict[str, Any]) -> str:
     """SHA-256 of the manifest's content, so that an edited hyperparameter is noticed."""
     content = {key: value for key, value in manifest.items() if key != "seal"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _sync(file: Path) -> None:
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _hash(file: Path) -> str:
@@ -279,7 +278,7 @@ def read_tensors(folder: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
     return tensors
 
 
-def rebuilt(root: nn.Module, manifest: dict[str, Any]) -> list[Adapter]:
+def rebuild(root: nn.Module, manifest: dict[str, Any]) -> list[Adapter]:
     """Adapters with shapes only, for every place in the manifest."""
     cohorts: dict[str, Cohort] = {}
     problems: list[TrimtabError] = []
@@ -332,7 +331,7 @@ def site_of(root: nn.Module, entry: dict[str, Any]) -> Site:
     return site
 
 
-def _fill(adapters: list[Adapter], tensors: dict[str, Tensor], source: str) -> None:
+def fill(adapters: list[Adapter], tensors: dict[str, Tensor], source: str) -> None:
     """Move stored tensors into the adapters.
 
     Raises:

@@ -23,14 +23,19 @@ SAMPLES = 32
 MIN_COSINE = 0.95  # int4 weights keep about 0.99, two random bases have about 0
 
 
-def take(root: nn.Module, sites: list[Site]) -> dict[str, Any]:
-    """The base's class, and ``{path.tensor: values}`` for evenly chosen sites."""
+def take(root: nn.Module, sites: list[Site], *, value: Callable[[Site], Tensor | None] | None = None) -> dict[str, Any]:
+    """The base's class, and ``{path.tensor: values}`` for evenly chosen sites.
+
+    Args:
+        value: a site's tensor as it is stored, for a base whose values are elsewhere; None: the module's, before any merge.
+    """
     keys = list({(s.path, s.tensor): s for s in sites if s.tensor}.values())
     step = max(1, len(keys) // TENSORS)
     samples = {}
     for site in keys[::step][:TENSORS]:
-        if not site.is_meta:
-            samples[f"{site.path}.{site.tensor}"] = [round(v, 8) for v in _sample(_original(root, site), site.module).tolist()]
+        stored = _original(root, site) if value is None else value(site)
+        if stored is not None and not stored.is_meta:
+            samples[f"{site.path}.{site.tensor}"] = [round(v, 8) for v in _sample(stored, site.module).tolist()]
     return {"class": type(root).__name__, "samples": samples}
 
 
@@ -50,12 +55,18 @@ def _sample(stored: Tensor, module: nn.Module) -> Tensor:
 
 
 def compare(
-    root: nn.Module, stored: dict[str, Any], source: str, *, view: Callable[[str, Tensor], Tensor] = lambda key, tensor: tensor
+    root: nn.Module,
+    stored: dict[str, Any],
+    source: str,
+    *,
+    view: Callable[[str, Tensor], Tensor] = lambda key, tensor: tensor,
+    value: Callable[[str, str], Tensor | None] | None = None,
 ) -> None:
     """Check the sample in a manifest against ``root``'s weights.
 
     Args:
         view: ``(path.tensor, tensor) -> tensor``: what of a weight the sample was taken of, if not all of it.
+        value: ``(path, parameter) -> tensor`` for a base whose values are elsewhere, None where it has none.
 
     Raises:
         CheckpointMismatch: the weights are another base's.
@@ -64,9 +75,9 @@ def compare(
     for key, values in stored["samples"].items():
         path, _, tensor = key.rpartition(".")
         module = root.get_submodule(path)
-        parameter = module._parameters[tensor]
-        if parameter.is_meta:
-            return
+        parameter = module._parameters[tensor] if value is None else value(path, tensor)
+        if parameter is None or parameter.is_meta:
+            continue
         found = _sample(view(key, parameter), module)
         if len(found) == len(values):
             ours.append(found)

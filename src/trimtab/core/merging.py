@@ -16,16 +16,16 @@ from trimtab.core.site import Site, dense, is_quantised
 from trimtab.core.state import Group, ModelState, adapter_group, parameter_users, state_of, unwrap
 from trimtab.core.table import Table
 
-__all__ = ["merge", "unmerge"]
+__all__ = ["INTO", "Target", "accumulate", "check_target", "merge", "report_table", "unmerge"]
 
 PROBE_ROWS = 16
-_INTO = (None, "dequantised", "requantised")
+INTO = (None, "dequantised", "requantised")
 #: (test of an old storage, function(dense (out, in), old storage) -> new parameter); filled by trimtab.compat
 REQUANTISERS: list[tuple[Callable[[Tensor], bool], Callable[[Tensor, Tensor], nn.Parameter]]] = []
 
 
 @dataclass
-class _Target:
+class Target:
     """One base parameter that a merge will write."""
 
     site: Site
@@ -70,12 +70,12 @@ def merge(
     targets = _targets(state, group, into)
     ties = _ties(root, targets)
     _refuse(root, group, targets, ties, untie)
-    report = Table(("path", "shape", "dtype", "max error", "error / update", "output error"), title=f"merged {name!r}")
+    report = report_table(name)
     planned = []
     with torch.no_grad():
         for target in targets:
-            exact = adapted_chain(target.site, target.chains, dtype=_accumulate(target.site))
-            planned.append(_check_target(target, exact, into, report, max_error))
+            exact = adapted_chain(target.site, target.chains, dtype=accumulate(target.site))
+            planned.append(check_target(target, exact, into, report, max_error))
         state.originals[name] = []  # insertion order is the order of merging
         for target, stored in zip(targets, planned, strict=True):
             _write(state, name, target, stored, own=untie and target.key in ties, keep=not permanent)
@@ -90,6 +90,11 @@ def merge(
             state.active = (*state.active, name)
         state.refresh()
     return report
+
+
+def report_table(name: str) -> Table:
+    """An empty report of a merge; ``check_target`` adds its rows."""
+    return Table(("path", "shape", "dtype", "max error", "error / update", "output error"), title=f"merged {name!r}")
 
 
 def unmerge(model: nn.Module, name: str) -> None:
@@ -116,13 +121,13 @@ def unmerge(model: nn.Module, name: str) -> None:
     state.refresh()
 
 
-def _targets(state: ModelState, group: Group, into: str | None) -> list[_Target]:
+def _targets(state: ModelState, group: Group, into: str | None) -> list[Target]:
     """The base parameters behind the group's adapters, parts of one tensor together."""
-    if into not in _INTO:
-        raise NotMergeable(f"into= must be one of {_INTO}, found {into!r}")
+    if into not in INTO:
+        raise NotMergeable(f"into= must be one of {INTO}, found {into!r}")
     if group.merged:
         raise NotMergeable(f"the adapter {group.name!r} is merged already")
-    found: dict[tuple[int, str], _Target] = {}
+    found: dict[tuple[int, str], Target] = {}
     problems: list[TrimtabError] = []
     for adapter in group.adapters:
         site = adapter.site
@@ -134,13 +139,13 @@ def _targets(state: ModelState, group: Group, into: str | None) -> list[_Target]
             )
             continue
         for each in on_tensors(adapter):
-            target = found.setdefault((id(site.module), each.site.tensor), _Target(each.site, []))
+            target = found.setdefault((id(site.module), each.site.tensor), Target(each.site, []))
             target.chains.append([each])
     raise_all(problems)
     return list(found.values())
 
 
-def _ties(root: nn.Module, targets: list[_Target]) -> dict[tuple[int, str], str]:
+def _ties(root: nn.Module, targets: list[Target]) -> dict[tuple[int, str], str]:
     """Targets whose tensor another place of the model shares -> that place's name."""
     users = parameter_users(root)
     ties = {}
@@ -152,7 +157,7 @@ def _ties(root: nn.Module, targets: list[_Target]) -> dict[tuple[int, str], str]
     return ties
 
 
-def _refuse(root: nn.Module, group: Group, targets: list[_Target], ties: dict, untie: bool) -> None:
+def _refuse(root: nn.Module, group: Group, targets: list[Target], ties: dict, untie: bool) -> None:
     problems: list[TrimtabError] = []
     for target in targets:
         if target.key in ties and not untie:
@@ -167,12 +172,20 @@ def _refuse(root: nn.Module, group: Group, targets: list[_Target], ties: dict, u
     raise_all(problems)
 
 
-def _accumulate(site: Site) -> torch.dtype:
+def accumulate(site: Site) -> torch.dtype:
+    """The dtype in which a merge forms its sum at ``site``."""
     return torch.float64 if site.dtype == torch.float64 else torch.float32
 
 
-def _check_target(target: _Target, exact: Tensor, into: str | None, report: Table, max_error: float | None) -> Tensor:
-    """The tensor to store for one target, after all checks; adds the target's row to the report."""
+def check_target(target: Target, exact: Tensor, into: str | None, report: Table, max_error: float | None) -> Tensor:
+    """The tensor to store for one target, after all checks; adds the target's row to the report.
+
+    Args:
+        exact: the merged matrix in the accumulation dtype and the contraction's layout.
+
+    Raises:
+        NotMergeable: not finite, above ``max_error``, or quantised without ``into``.
+    """
     site = target.site
     stored = site.parameter()
     if not bool(torch.isfinite(exact).all()):
@@ -237,7 +250,7 @@ def _quantised(site: Site, whole: Tensor, into: str | None) -> tuple[nn.Paramete
     raise NotMergeable(f'{site.name}: no way is known to requantise a {type(site.parameter()).__name__}; use into="dequantised"')
 
 
-def _write(state: ModelState, name: str, target: _Target, new: Tensor, *, own: bool, keep: bool) -> None:
+def _write(state: ModelState, name: str, target: Target, new: Tensor, *, own: bool, keep: bool) -> None:
     """Store the merged tensor: in place, or as another parameter where the storage changes or a tie is cut."""
     module, tensor = target.site.module, target.site.tensor
     old = target.site.parameter()

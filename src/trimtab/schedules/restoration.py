@@ -74,7 +74,7 @@ def load(
     if mode == "mask":
         slices = _whole(root, kept)
         pack = _widened(root, manifest["places"], checkpoint.read_tensors(folder, manifest), kept, slices)
-        adapters = checkpoint.rebuilt(root, _manifest(pack))
+        adapters = checkpoint.rebuild(root, _manifest(pack))
         if check_base:
             fingerprint.compare(root, manifest["base"], str(folder), view=lambda key, t: _left(root, slices, key, t))
         options["name"] = name or manifest["name"]
@@ -132,13 +132,13 @@ def restore(model: nn.Module, source: Any = None) -> None:
     surgery.check_followers(state, record.slices)
     groups = list(state.groups.values()) if state else []
     active = state.active if state else ()
-    packs = [(group, checkpoint.describe(root, group)["places"], tensors_of(group)) for group in groups]
+    packs = [(group, [checkpoint.place_entry(a) for a in group.adapters], tensors_of(group)) for group in groups]
     surgery.put_back(root, source)
     ready = []
     for group, places, tensors in packs:
         copies = {key: value.clone() for key, value in tensors.items()}
         pack = _widened(root, places, copies, record.kept, record.slices)
-        ready.append((group, checkpoint.rebuilt(root, _manifest(pack)), pack[1]))
+        ready.append((group, checkpoint.rebuild(root, _manifest(pack)), pack[1]))
     for group in groups:
         remove_group(root, group.name)
     for group, adapters, tensors in ready:
@@ -165,7 +165,7 @@ def _left(root: nn.Module, slices: Mapping[str, Slice], key: str, tensor: Tensor
 
 
 def _manifest(pack: Pack) -> dict[str, Any]:
-    """What ``rebuilt`` reads of a manifest."""
+    """What ``rebuild`` reads of a manifest."""
     places, tensors = pack
     return {"places": places, "tensors": {key: {"shape": list(value.shape)} for key, value in tensors.items()}}
 

@@ -8,23 +8,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from trimtab.core.files import sync
+
 __all__ = ["new_directory", "write_text"]
-
-
-def _sync(path: Path) -> None:
-    """Push a file's bytes to the disk, so that a rename never precedes them."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` (UTF-8) to ``path`` in one step."""
     stage = path.with_name(f".{path.name}.part")
     stage.write_text(text, encoding="utf-8")
-    _sync(stage)
+    sync(stage)
     os.replace(stage, path)
 
 
@@ -41,7 +34,7 @@ def new_directory(path: Path) -> Iterator[Path]:
         yield stage
         for file in stage.rglob("*"):
             if file.is_file():
-                _sync(file)
+                sync(file)
         if path.exists():
             shutil.rmtree(path)
         os.replace(stage, path)

@@ -1,0 +1,197 @@
+"""merge_checkpoint: saved adapters written into a base on disk, one tensor at a time, into a checkpoint that transformers loads.
+
+Nothing is held but the tensor at work (``W``, its sum in float32, the result), whatever the size of the model; tensors without an
+adapter are copied byte by byte. Finished files are kept when the work is interrupted, and the next call goes on behind them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trimtab.artifacts.combine import check_weights, common_base
+from trimtab.artifacts.folder_base import local_folder, open_folder
+from trimtab.artifacts.merged_tensors import Made, Merge, MergedTensor, add_rows, outputs_of
+from trimtab.artifacts.rules import rule_entry
+from trimtab.artifacts.saved import class_of, open_saved
+from trimtab.artifacts.shards import Staging
+from trimtab.artifacts.updates import whole_value
+from trimtab.compat.pretrained import Pretrained
+from trimtab.core.contracts import ActivationAdapter, TokenAdapter
+from trimtab.core.errors import CheckpointMismatch, NotMergeable, TrimtabError, raise_all
+from trimtab.core.host import BiasOf, on_tensors
+from trimtab.core.merging import INTO, report_table
+from trimtab.core.table import Table
+
+__all__ = ["merge_checkpoint"]
+
+
+def merge_checkpoint(
+    adapters: Sequence[str | os.PathLike] | str | os.PathLike,
+    base: str | os.PathLike,
+    *,
+    out: str | os.PathLike,
+    weights: Sequence[float] | None = None,
+    rule: str = "linear",
+    into: str | None = None,
+    max_error: float | None = None,
+    untie: bool = False,
+    seed: int = 0,
+    **parameters: Any,
+) -> Table:
+    """Write ``W' = W + rule(D_1, ..., D_n)`` for all tensors that saved adapters change; ``trimtab merge A --base BASE --out OUT``.
+
+    The folder ``out`` appears whole or not at all. An interrupted merge goes on where it was when it is called again with the same
+    arguments; other arguments start anew. Config, tokenizer and all other small files are copied.
+
+    Args:
+        adapters: one or several, of any method and any format that ``tt.load`` reads.
+        base: a folder of transformers with safetensors, a packaged model's name, or a Hub id.
+        weights, rule, seed, parameters: as in ``tt.combine``; the merged update goes into the base as it is, at full rank.
+        into: for a quantised base, said explicitly: ``"dequantised"`` writes a dense checkpoint, ``"requantised"`` quantises the
+            changed weights again in the same format and leaves the others.
+        max_error: refuse if any tensor's relative output error, from rounding to the base's dtype, is larger.
+        untie: give a tied tensor's other users the old values.
+
+    Returns:
+        The report of ``tt.merge``, a row a tensor; it is also in ``trimtab_merge.json`` beside the weights.
+
+    Raises:
+        NotMergeable: a tensor cannot be written as asked, or ``out`` exists. CheckpointMismatch: damaged or foreign files, or
+        another base. NoMatch, ShapeMismatch, Unsupported: the adapters do not fit. Nothing is left at ``out`` then.
+    """
+    paths = [adapters] if isinstance(adapters, str | os.PathLike) else list(adapters)
+    out = Path(out)
+    if out.exists():
+        raise NotMergeable(f"{out} exists already; choose another folder for the merged model")
+    if into not in INTO:
+        raise NotMergeable(f"into= must be one of {INTO}, found {into!r}")
+    entry = rule_entry(rule)
+    values, factors = entry.bind(parameters), check_weights(paths, weights, entry)
+    model = open_folder(local_folder(base), [class_of(Path(path)) for path in paths], paths)
+    opened = [open_saved(path, model) for path in paths]
+    common_base(opened)
+    title = " + ".join(s.group.name for s in opened)
+    work = Merge(model, opened, factors, entry, values, into, max_error, seed, report_table(title))
+    work.tensors = _plan(work, untie)
+    made = {
+        "adapters": [{"name": s.group.name, "mark": s.mark} for s in opened], "weights": factors, "rule": rule,
+        "parameters": values, "seed": seed, "into": into, "max_error": max_error, "untie": untie,
+    }  # fmt: skip
+    with Staging(out, made, model.files) as stage:
+        made_of = Made(work)
+        outputs = outputs_of(work, made_of)
+        for header in model.files:
+            name = header.file.name
+            if name in stage.done:
+                add_rows(work.report, stage.done[name])
+                continue
+            before = len(work.report)
+            metadata = {"format": "pt"} if model.codec is not None and into == "dequantised" else header.metadata
+            stage.write(name, [output for output in outputs if output.file == name], metadata)
+            stage.record(name, [list(row) for row in work.report.rows[before:]])
+            made_of.forget()
+        record = {**made, "base": str(base), "report": work.report.records()}
+        stage.finish(model.folder, outputs, _config(work), record)
+    return work.report
+
+
+def _plan(work: Merge, untie: bool) -> list[MergedTensor]:
+    """The tensors that change, after all checks that need no values."""
+    found: dict[tuple[str, str], MergedTensor] = {}
+    problems: list[TrimtabError] = []
+    for number, saved in enumerate(work.opened):
+        for adapter in saved.adapters:
+            if isinstance(adapter, TokenAdapter) or (isinstance(adapter, ActivationAdapter) and not adapter.merges):
+                what = f"{type(adapter.config).__name__} at {adapter.site.path}"
+                problems.append(
+                    NotMergeable(f"{saved.source}: {what} acts on activations and has no weight form; keep it attached")
+                )
+                continue
+            for effect in on_tensors(adapter):
+                site = effect.site
+                here = found.setdefault((site.path, site.tensor), MergedTensor(site, {}))
+                here.chains.setdefault(number, []).append([effect])
+    raise_all(problems)
+    for tensor in found.values():
+        problems += _place(work, tensor, untie)
+    raise_all(problems)
+    if untie and any(tensor.tied for tensor in found.values()):
+        _check_untied(work.base, [t for t in found.values() if t.tied])
+    return list(found.values())
+
+
+def _place(work: Merge, tensor: MergedTensor, untie: bool) -> list[TrimtabError]:
+    """Find the tensor in the checkpoint; what stands against it."""
+    site, base = tensor.site, work.base
+    tensor.name, *others = base.parameter_names(site.path, site.tensor)
+    tensor.group = base.group(site.path, site.tensor)
+    effects = [chain[0] for chains in tensor.chains.values() for chain in chains]
+    if others and not untie:
+        return [
+            NotMergeable(
+                f"{site.name} is tied to {others[0]}, so that the merge would change both; untie=True (--untie) gives the merged "
+                "place a tensor of its own"
+            )
+        ]
+    tensor.tied = tuple(others)
+    if tensor.group is not None:
+        stored = base.stored_shape(tensor.group)
+        if stored is not None and stored != tuple(site.parameter().shape):
+            needed = tuple(site.parameter().shape)
+            return [CheckpointMismatch(f"{site.name} is {stored} in {base.folder}, and its config makes it {needed}")]
+        if work.base.codec is not None and work.into is None and any(key in base.parts for key in tensor.group.keys):
+            return [
+                NotMergeable(
+                    f'{site.name} is quantised in {base.folder}; say what it becomes: into="dequantised" or into="requantised"'
+                )
+            ]
+        return []
+    if all(isinstance(effect, BiasOf) for effect in effects):
+        return [NotMergeable(f"{site.path} has no bias in this architecture, and {site.name} would need one; merge it in memory")]
+    if any(whole_value(effect) is None for effect in effects):
+        return [NotMergeable(f"{base.folder} holds no values for {site.name}, so that there is nothing to merge into")]
+    everywhere = len(tensor.chains) == len(work.weights) and abs(sum(work.weights) - 1) < 1e-9 and work.rule.name == "linear"
+    if not everywhere:
+        return [
+            NotMergeable(
+                f"{site.name} is new, and {base.folder} has no values that it would be a change of; only an average of adapters "
+                "that all have it is defined (rule='linear', weights that sum to 1)"
+            )
+        ]
+    return []
+
+
+def _check_untied(base: Pretrained, tensors: list[MergedTensor]) -> None:
+    """Whether the config can say that the tensors are not tied."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(base.folder, tie_word_embeddings=False)
+    with torch.device("meta"):
+        model = type(base.model)(config)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    still = [t for t in tensors if any(parameters.get(other) is parameters.get(t.name) for other in t.tied)]
+    if still:
+        raise NotMergeable(
+            f"{still[0].name} and {still[0].tied[0]} are tied in {base.class_name} whatever its config says; merge it in memory"
+        )
+
+
+def _config(work: Merge) -> dict[str, Any]:
+    """What changes in ``config.json``."""
+    base, config = work.base, {}
+    if base.codec is not None and work.into == "dequantised":
+        config["quantization_config"] = None
+    if any(tensor.tied for tensor in work.tensors):
+        config["tie_word_embeddings"] = False
+    heads = [t for t in work.tensors if t.group is None]
+    if heads and not base.prefix:  # a head that the class has and the checkpoint had not
+        config["architectures"] = [base.class_name]
+        if base.labels is not None:
+            config["id2label"] = {str(i): f"LABEL_{i}" for i in range(base.labels)}
+            config["label2id"] = {f"LABEL_{i}": i for i in range(base.labels)}
+    return config

@@ -1,0 +1,170 @@
+"""What the readers of other libraries' files share: opening them, finding their modules, and the report of what does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from trimtab.compat.peft_files import report
+from trimtab.compat.safetensors_file import read_header
+from trimtab.core import anatomy
+from trimtab.core.bank import shapes_only
+from trimtab.core.checkpoint import install
+from trimtab.core.contracts import Adapter, MethodConfig
+from trimtab.core.errors import CheckpointMismatch, NoMatch, ShapeMismatch, TrimtabError, Unsupported, nearest, raise_all
+from trimtab.core.kinds import site_for
+from trimtab.core.selection import Place
+from trimtab.core.site import Rows, Site
+
+__all__ = ["Filling", "ForeignFormat", "keys_of", "only_file", "read_tensors"]
+
+_PICKLES = (".pt", ".pth", ".bin")
+
+
+def only_file(path: Path, names: Iterable[str] = ()) -> Path | None:
+    """``path`` itself if it is a file of tensors, or the one such file of a folder: one of ``names``, else the only one."""
+    if path.is_file():
+        return path if path.suffix in (".safetensors", *_PICKLES) else None
+    if not path.is_dir():
+        return None
+    named = [path / name for name in names if (path / name).is_file()]
+    found = named[:1] or [p for p in sorted(path.iterdir()) if p.suffix in (".safetensors", *_PICKLES)]
+    return found[0] if len(found) == 1 else None
+
+
+def keys_of(file: Path) -> list[str]:
+    """The names of a file's tensors.
+
+    Raises:
+        CheckpointMismatch: it is damaged, so that nobody can tell whose it is.
+    """
+    return list(read_header(file).entries) if file.suffix == ".safetensors" else list(read_tensors(file))
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file or of a pickle of tensors; half-precision ones as float32.
+
+    Raises:
+        CheckpointMismatch: damaged, or no such file.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            read_header(file)
+            stored = load_file(file)
+        else:
+            stored = torch.load(file, map_location="cpu", weights_only=True)
+    except CheckpointMismatch:
+        raise
+    except Exception as error:  # torch.load has no error type of its own
+        size = file.stat().st_size if file.is_file() else 0
+        reason = str(error).splitlines()[0]
+        raise CheckpointMismatch(f"{file} cannot be read ({reason}); it ends at byte {size:,}: restore it from a copy") from None
+    if not isinstance(stored, dict) or not all(isinstance(v, Tensor) for v in stored.values()):
+        raise CheckpointMismatch(f"{file} is no file of named tensors alone")
+    wide = (torch.float16, torch.bfloat16)
+    return {key: value.float() if value.dtype in wide else value for key, value in stored.items()}
+
+
+class Filling:
+    """Adapters that are being made from a foreign file, and what has become of its tensors.
+
+    Args:
+        root: the model; values of its parameters are not needed.
+        source: the file, for messages.
+        keys: names of all its tensors.
+    """
+
+    def __init__(self, root: nn.Module, source: Path, keys: Iterable[str]):
+        self.root, self.source, self.keys = root, source, list(keys)
+        self.modules = {path: module for path, module in root.named_modules() if path and "trimtab" not in path.split(".")}
+        self.anatomy = anatomy.of(root)
+        self.adapters: list[Adapter] = []
+        self.values: dict[str, Tensor] = {}
+        self.used: set[str] = set()
+        self.missing: list[str] = []
+        self.problems: list[TrimtabError] = []
+        self._rng = torch.Generator()
+
+    def site(self, path: str, tensor: str = "weight", *, part: str | None = None, rows: Rows | None = None) -> Site | None:
+        """The site at ``path``, or None with the problem noted."""
+        module = self.modules.get(path)
+        if module is None:
+            self.problems.append(
+                NoMatch(f"{self.source} acts on {path}, which this model does not have{nearest(path, self.modules)}")
+            )
+            return None
+        if module._parameters.get(tensor) is None:
+            self.problems.append(Unsupported(f"{self.source} acts on {path}, a {type(module).__name__} without a {tensor}"))
+            return None
+        role = self.anatomy.roles.get(path)
+        return site_for(Place(path, module, part=part, rows=rows, role=role, block=self.anatomy.block_of(path)), tensor)
+
+    def put(self, site: Site, config: MethodConfig, tensors: dict[str, Tensor], keys: Iterable[str]) -> None:
+        """An adapter at ``site`` with these tensors, in any shape of as many numbers; ``keys`` of the file are then used."""
+        try:
+            type(config).adapter_class.check(config, site)
+            adapter = shapes_only(config, site, self._rng)
+        except TrimtabError as error:
+            self.problems.append(error)
+            return
+        wanted = {key: tuple(value.shape) for key, value in adapter.state_dict().items()}
+        for key, shape in wanted.items():
+            value = tensors.get(key)
+            if value is None or value.numel() != torch.Size(shape).numel() or value.squeeze().dim() > 2:
+                found = "none" if value is None else tuple(value.shape)
+                self.problems.append(
+                    ShapeMismatch(
+                        f"{self.source} has {_shapes(tensors)} for {site.name}; {config} needs {key} of {shape}, found {found}"
+                    )
+                )
+                return
+            self.values[f"{site.path}.{site.slot}.{key}"] = value.reshape(shape)
+        self.adapters.append(adapter)
+        self.used |= set(keys)
+
+    def finish(self) -> tuple[list[Adapter], dict[str, Tensor]]:
+        """The adapters in model order, and their tensors.
+
+        Raises:
+            CheckpointMismatch: with a table of three columns if a tensor is missing or unused. Others: the problems noted.
+        """
+        raise_all(self.problems)
+        unused = [key for key in self.keys if key not in self.used]
+        if self.missing or unused or not self.adapters:
+            table = report(sorted(self.used), self.missing, unused)
+            raise CheckpointMismatch(f"{self.source} and this model do not fit together:\n{table}")
+        order = {path: i for i, path in enumerate(self.modules)}
+        return sorted(self.adapters, key=lambda adapter: order[adapter.site.path]), self.values
+
+
+def _shapes(tensors: dict[str, Tensor]) -> str:
+    """Names and shapes, for messages."""
+    return ", ".join(f"{key} {tuple(value.shape)}" for key, value in tensors.items())
+
+
+class ForeignFormat:
+    """A format that is read and not written; a subclass has ``test`` and ``read`` (see ``compat/formats.py``)."""
+
+    label = ""
+
+    def read(self, root: nn.Module, path: Path, *, trainable: bool = False, **options: Any) -> tuple[str, list[Adapter], dict]:
+        """Name, adapters with shapes only, and their tensors."""
+        raise NotImplementedError
+
+    def load(self, root: nn.Module, path: Path, *, name: str | None, trainable: bool, active: bool | None) -> str:
+        """Attach what ``path`` holds."""
+        own, adapters, values = self.read(root, path, trainable=trainable)
+        return install(root, adapters, values, name=name or own, trainable=trainable, active=active, source=str(path))
+
+    def save(self, root: nn.Module, path: Path, name: str) -> Path:
+        """Not possible."""
+        raise Unsupported(f"trimtab reads files of {self.label} and does not write them; write trimtab's or peft's format")
+
+    def places(self, path: Path) -> list[dict[str, Any]]:
+        """Not known without the base."""
+        raise Unsupported(f"{path} is a file of {self.label}, which does not tell its layers; say which base it is for: base=...")

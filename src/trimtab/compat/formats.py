@@ -1,0 +1,20 @@
+"""All formats of saved adapters besides trimtab's own. Importing this module fills ``trimtab.core.checkpoint.FORMATS``.
+
+A format is an object with
+
+- ``test(path) -> bool``: whether what is there, a folder or a file, is of this format; ``CheckpointMismatch`` for a damaged file;
+- ``read(root, path, *, trainable=False, **options) -> (name, adapters, values)``: adapters with shapes only on the modules of
+  ``root``, and their tensors by ``<path>.<slot>.<name>``; strict: every stored tensor is used, every needed one is there;
+- ``load(root, path, *, name, trainable, active) -> str``: the same, attached;
+- ``save(root, path, name) -> Path``: writes the adapter ``name`` of ``root``, or raises ``Unsupported``;
+- ``places(path) -> list[dict]``: entries as a manifest's, so that it can be read without a base, or raises ``Unsupported``.
+"""
+
+from __future__ import annotations
+
+import trimtab.compat.adapterhub
+import trimtab.compat.kohya
+import trimtab.compat.peft
+import trimtab.compat.torchtune  # noqa: F401
+
+__all__: list[str] = []
