@@ -8,7 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["new_directory", "write_text"]
+__all__ = ["cache_folder", "new_directory", "write_text"]
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept: ``$TRIMTAB_CACHE``, or ``trimtab`` in the user's cache folder."""
+    own = os.environ.get("TRIMTAB_CACHE")
+    if own:
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "trimtab"
 
 
 def _sync(path: Path) -> None:
