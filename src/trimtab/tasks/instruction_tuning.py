@@ -29,6 +29,7 @@ from trimtab.training.data import Row
 from trimtab.training.errors import ConfigError, DataError
 from trimtab.training.files import write_text
 from trimtab.training.models import checkpoint_activations, load_pretrained
+from trimtab.training.overlap import overlaps
 
 __all__ = ["EvaluationConfig", "InstructionConfig", "InstructionTuning"]
 
@@ -86,10 +87,11 @@ class InstructionConfig(TrainConfig):
 
 @dataclass
 class InstructionBundle(Bundle):
-    """Adds the tokenizer and the test sets, whose rows are encoded as prompts when they are scored."""
+    """Adds the tokenizer; test sets, whose rows are encoded when they are scored; and which of them are training rows too."""
 
     tokenizer: Any = None
     tests: dict[str, list[Row]] = field(default_factory=dict)
+    seen: dict[str, list[bool]] = field(default_factory=dict)
     raw: list[Row] = field(default_factory=list)
 
 
@@ -114,7 +116,7 @@ class InstructionTuning(Task):
         if config.packing:
             packing.check_apart(bundle.model, bundle.splits["train"], bundle.collate)
             bundle.splits["train"] = packing.pack(bundle.splits["train"], config.pack_length or config.data.max_length)
-        bundle.tests = rows.tests
+        bundle.tests, bundle.seen = rows.tests, _seen(config, rows.train + rows.validation, rows.tests)
         bundle.info = {"cut_answers": cut}
         return bundle
 
@@ -138,6 +140,7 @@ class InstructionTuning(Task):
         if not bundle.tests and not bundle.splits:
             raise DataError("the data of this run has no test set; give a file, or name test sets under data.test")
         _check_tests(config, bundle.tests)
+        bundle.seen = _seen(config, rows.train + rows.validation, bundle.tests)
         return bundle
 
     def evaluate(
@@ -169,6 +172,13 @@ class InstructionTuning(Task):
                 write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         if found:
             console.print(str(scores.scores_table(found, title="test sets, +- one standard error")))
+        for name, metrics in found.items():
+            if metrics["seen"]:
+                clean = f"the others give {metrics['clean']:.1%}" if "clean" in metrics else "there are no others"
+                console.print(
+                    f"{metrics['seen']:.1%} of the questions of {name} are among the training rows: its accuracy says little; "
+                    f"{clean} (trimtab audit contamination shows which)"
+                )
         return found
 
     def decode(self, info: dict[str, Any], outputs: Any) -> list[dict[str, Any]]:
@@ -241,6 +251,18 @@ def _check_tests(config: InstructionConfig, tests: dict[str, list[Row]]) -> None
             reader.answer(row.values[config.data.answer], row.where)
 
 
+def _seen(config: InstructionConfig, train: list[Row], tests: dict[str, list[Row]]) -> dict[str, list[bool]]:
+    """Whether each test question is, word for word, among the training rows."""
+    columns = config.template.columns()[0]
+
+    def pairs(rows: list[Row]) -> list[tuple[str, str]]:
+        return [(row.where, " ".join(str(row.values[column]) for column in columns)) for row in rows]
+
+    flat = [row for rows in tests.values() for row in rows]
+    found = iter(overlaps(pairs(train), pairs(flat), n=None))
+    return {name: [next(found).kind == "exact" for _ in rows] for name, rows in tests.items()}
+
+
 def _score(
     config: InstructionConfig, bundle: InstructionBundle, name: str, *, texts: list[str] | None = None
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
@@ -252,7 +274,7 @@ def _score(
         done = reader.done if reader.kind == "label" else None
         texts = _write(config, bundle, rows, config.evaluation.new_tokens or reader.new_tokens, done)
     answers = [reader.answer(row.values[config.data.answer], row.where) for row in rows]
-    return scores.score(reader, texts, answers)
+    return scores.score(reader, texts, answers, seen=bundle.seen[name][: len(rows)])
 
 
 def _write(

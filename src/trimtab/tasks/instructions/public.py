@@ -19,8 +19,9 @@ from trimtab.core.errors import nearest
 from trimtab.tasks.instructions.wheel import wheel_folder
 from trimtab.training.data import Row, load_rows
 from trimtab.training.errors import DataError
+from trimtab.training.overlap import masked_key
 
-__all__ = ["NAMES", "load_public", "masked_numbers", "texts"]
+__all__ = ["NAMES", "load_public", "texts"]
 
 COLUMNS = ("instruction", "input", "output", "answer")
 TEST_SHARE = 4  # one question in four
@@ -56,29 +57,21 @@ def texts(*, folder: Path | None = None) -> list[str]:
     found = [passage for passage in dict.fromkeys(passages) if passage not in held_out]
     for key in ("asdiv", "siqa", "openbookqa"):
         found += [row.values["question"] for row in _SETS[key](root)["train"]]
-    tested = {masked_numbers(row.values["question"]) for row in _piqa(root)["test"]}
+    tested = {masked_key(row.values["question"]) for row in _piqa(root)["test"]}
     for file in ("validation.jsonl", "test.jsonl"):
         for row in load_rows(root / "PIQA" / file, ["question", "options"]):
-            if masked_numbers(row.values["question"]) not in tested:
+            if masked_key(row.values["question"]) not in tested:
                 found += [f"{row.values['question'].strip()} {option}" for option in _choices(row.values["options"])]
     for row in load_rows(root / "HellaSwag" / "test.jsonl", ["question", "answer"]):
         found.append(f"{row.values['question']} {row.values['answer'][0]}")
     return found
 
 
-def masked_numbers(text: str) -> str:
-    """Lower-case words alone, every number a 0: equal for questions that differ in numbers, case and punctuation."""
-    return " ".join(re.sub(r"\d+(?:[.,]\d+)*", "0", text.lower()).translate(_PUNCTUATION).split())
-
-
-_PUNCTUATION = {ord(c): " " for c in "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~“”‘’–—…"}
-
-
 def _split(rows: list[tuple[str, Row]]) -> dict[str, list[Row]]:
     """By a hash of each row's key; equal keys stay together."""
     found: dict[str, list[Row]] = {"train": [], "test": []}
     for key, row in rows:
-        digest = hashlib.sha256(masked_numbers(key).encode()).digest()
+        digest = hashlib.sha256(masked_key(key).encode()).digest()
         found["test" if digest[0] % TEST_SHARE == 0 else "train"].append(row)
     return found
 
@@ -125,11 +118,11 @@ def _boolq(root: Path) -> dict[str, list[Row]]:
         (row.where, row.values["question"], row.values["answer"].lower())
         for row in load_rows(root / "BoolQ" / "dev.jsonl", ["question", "answer"])
     ]
-    tested = {masked_numbers(question) for _, question, _ in test}
+    tested = {masked_key(question) for _, question, _ in test}
     train = []
     for row in load_rows(root / "BoolQ" / "combined.jsonl", ("question",), optional=("label",)):
         label = row.values["label"]  # the release's hidden test rows have none
-        if label is not None and masked_numbers(row.values["question"]) not in tested:
+        if label is not None and masked_key(row.values["question"]) not in tested:
             train.append((row.where, row.values["question"], str(label).lower()))
     return {"train": [_true_false(*entry) for entry in train], "test": [_true_false(*entry) for entry in test]}
 

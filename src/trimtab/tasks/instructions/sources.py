@@ -14,7 +14,7 @@ from trimtab.tasks.instructions.templates import TemplateConfig
 from trimtab.training.data import Row, hold_out, load_source
 from trimtab.training.errors import DataError
 
-__all__ = ["InstructionData", "Rows", "load", "load_tests"]
+__all__ = ["InstructionData", "Rows", "load", "load_tests", "set_name"]
 
 Names = str | list[str] | None
 
@@ -83,7 +83,7 @@ def load(data: InstructionData, template: TemplateConfig, *, seed: int) -> Rows:
         found.train += _limited(splits["train"], data.limit, seed)
         found.validation += splits.get("validation", [])
         if "test" in splits:
-            _add(found.tests, _short(name), splits["test"])
+            _add(found.tests, set_name(name), splits["test"])
     for name in _listed(data.train):
         found.train += _limited(_one(name, data, template, "train"), data.limit, seed)
     for name in _listed(data.validation):
@@ -104,7 +104,7 @@ def load_tests(names: list[str], data: InstructionData, template: TemplateConfig
     for name in names:
         rows = _one(name, data, template, "test")
         _need(rows, [data.answer])
-        _add(found, _short(name), rows)
+        _add(found, set_name(name), rows)
     return found
 
 
@@ -112,7 +112,7 @@ def _listed(names: Names) -> list[str]:
     return [] if names is None else [names] if isinstance(names, str) else list(names)
 
 
-def _short(name: str) -> str:
+def set_name(name: str) -> str:
     """A set's own name: of a file its stem, or its folder's name where the stem is that of a split."""
     path = Path(name.partition(":")[0])
     return path.parent.name if path.stem in ("train", "validation", "test", "dev") and path.parent.name else path.stem
