@@ -10,7 +10,7 @@ BENCHES ?= $(wildcard bench/*.py)
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-slow lint bench install clean
+.PHONY: demo tiny-lm test test-slow lint bench install clean
 
 install: $(STAMP)
 
@@ -24,6 +24,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/python -m trimtab.demo
+
+# a small LLaMA with its own tokenizer, in examples/.cache/tiny_lm: the base of decoder examples and benchmarks
+tiny-lm: $(STAMP)
+	$(BIN)/python -m examples.tiny_lm
 
 # one thread a worker: two workers with two threads each are slower on two cores
 test: $(STAMP)

@@ -1,7 +1,8 @@
 """The command line. One file a command: ``trimtab/cli/<name>.py`` holds the function ``command``, its docstring the help.
 
-A new command is a new file; nothing else changes. Files import what is heavy inside ``command``, so that ``trimtab --help``
-stays fast. Errors of trimtab are printed as their sentence, with exit code 2; ``--debug`` shows the traceback.
+A new command is a new file; nothing else changes. A folder is a group: ``cli/audit/contamination.py`` is ``trimtab audit
+contamination``, and the folder's docstring the group's help. Files import what is heavy inside ``command``, so that ``trimtab
+--help`` stays fast. Errors of trimtab are printed as their sentence, with exit code 2; ``--debug`` shows the traceback.
 """
 
 from __future__ import annotations
@@ -10,15 +11,28 @@ import importlib
 import os
 import pkgutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 __all__ = ["commands", "main"]
 
 
 def commands() -> dict[str, str]:
-    """Name of every command and the module that holds it; modules that start with an underscore are no commands."""
-    found = (module.name for module in pkgutil.iter_modules(__path__))
-    return {name: f"{__name__}.{name}" for name in found if not name.startswith("_")}
+    """Name of every command, ``group command`` for those of a group, and the module that holds it.
+
+    Modules that start with an underscore are no commands.
+    """
+    return dict(_below(__path__, __name__, ""))
+
+
+def _below(path: Sequence[str], package: str, group: str) -> Iterator[tuple[str, str]]:
+    for found in pkgutil.iter_modules(path):
+        module = f"{package}.{found.name}"
+        if found.name.startswith("_"):
+            continue
+        if found.ispkg:
+            yield from _below(importlib.import_module(module).__path__, module, f"{group}{found.name} ")
+        else:
+            yield f"{group}{found.name}", module
 
 
 def _app():
@@ -33,8 +47,13 @@ def _app():
     def _options(debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error.")) -> None:
         """Options of every command."""
 
+    groups = {"": app}
     for name, module in commands().items():
-        app.command(name)(importlib.import_module(module).command)
+        group, _, last = name.rpartition(" ")
+        if group not in groups:
+            groups[group] = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+            app.add_typer(groups[group], name=group, help=importlib.import_module(module.rpartition(".")[0]).__doc__)
+        groups[group].command(last)(importlib.import_module(module).command)
     return app
 
 

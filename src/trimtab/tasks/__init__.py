@@ -9,8 +9,10 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
+from rich.console import Console
 from torch import Tensor, nn
 
 from trimtab.core.errors import NoMatch, nearest
@@ -32,6 +34,8 @@ class Bundle:
         loss: ``(outputs, labels, num_items_in_batch=...)`` to the scalar loss, summed and divided by that number.
         metrics: transformers' ``EvalPrediction`` to ``{name: value}``.
         info: what a fresh process needs besides the config to rebuild the same model (JSON values).
+        items: labels of a batch to the number of terms in its loss.
+        reduce: ``(outputs, labels)`` to what ``metrics`` needs of each row, ``(n, ...)``; None keeps the logits.
     """
 
     model: nn.Module
@@ -42,6 +46,8 @@ class Bundle:
     loss: Callable[..., Tensor]
     metrics: Callable[[Any], dict[str, float]]
     info: dict[str, Any] = field(default_factory=dict)
+    items: Callable[[Tensor], int] = len
+    reduce: Callable[[Any, Tensor], Tensor] | None = None
 
 
 class Task:
@@ -68,6 +74,22 @@ class Task:
             inputs: name of a split to encode, or a list of raw inputs, which become the split ``predict``.
         """
         raise NotImplementedError
+
+    def evaluate(self, config: TrainConfig, bundle: Bundle, *, console: Console) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Metrics and predictions of the one split of a restored bundle whose adapter is loaded; no metrics without labels."""
+        from trimtab.training.evaluation import forward_all, metrics_of
+
+        ((_, examples),) = bundle.splits.items()
+        outputs, loss = forward_all(bundle, examples, config.eval_batch_size)
+        metrics = {} if loss is None else {"loss": loss, **metrics_of(bundle, examples, outputs)}
+        return metrics, self.decode(bundle.info, outputs)
+
+    def finish(self, config: TrainConfig, bundle: Bundle, folder: Path, *, console: Console) -> dict[str, dict[str, float]]:
+        """Further metrics of a finished run, ``{name: {metric: value}}``, with the best adapter loaded; may write into ``folder``.
+
+        An interrupted process is followed by another that calls it again.
+        """
+        return {}
 
     def decode(self, info: dict[str, Any], outputs: Any) -> list[dict[str, Any]]:
         """What the model's raw outputs, a numpy array with one entry an example, say: one dict an example."""

@@ -31,7 +31,7 @@ class DataConfig(_Frozen):
     Attributes:
         source: a packaged data set (``wordnet-supersense``), a folder with train / validation / test files, a Hub id,
             or one file, which is then the training split.
-        train, validation, test: files (.jsonl, .csv, .parquet) that stand for a split of ``source``.
+        train, validation, test: files (.jsonl, .json, .csv, .parquet) that stand for a split of ``source``.
         text, text_pair, label: column names; ``text_pair`` for tasks on two texts.
         validation_fraction: share of the training rows held out, drawn by ``seed``, if there is no validation split.
         max_length: tokens a row is cut to.

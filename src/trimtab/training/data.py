@@ -17,11 +17,11 @@ from trimtab.core.errors import nearest
 from trimtab.training.config import DataConfig
 from trimtab.training.errors import DataError
 
-__all__ = ["PACKAGED", "SPLITS", "Row", "load_rows", "load_splits", "packaged_path"]
+__all__ = ["PACKAGED", "SPLITS", "Row", "hold_out", "load_rows", "load_source", "load_splits", "packaged_path"]
 
 SPLITS = ("train", "validation", "test")
 PACKAGED = Path(__file__).resolve().parent.parent / "data"
-_SUFFIXES = (".jsonl", ".csv", ".parquet")
+_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _ALIASES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 
 
@@ -51,7 +51,7 @@ def load_splits(config: DataConfig, columns: Sequence[str], *, seed: int = 0) ->
     """
     found: dict[str, list[Row]] = {}
     if config.source is not None:
-        found = _from_source(config.source, columns)
+        found = load_source(config.source, columns)
     for split in SPLITS:
         path = getattr(config, split)
         if path is not None:
@@ -59,23 +59,27 @@ def load_splits(config: DataConfig, columns: Sequence[str], *, seed: int = 0) ->
     if "train" not in found:
         raise DataError(f"the data {config.source!r} has no training split; found {', '.join(found) or 'nothing'}")
     if "validation" not in found:
-        found["train"], found["validation"] = _hold_out(found["train"], config.validation_fraction, seed)
+        found["train"], found["validation"] = hold_out(found["train"], config.validation_fraction, seed)
     return {split: found[split] for split in SPLITS if split in found}
 
 
-def load_rows(path: Path, columns: Sequence[str]) -> list[Row]:
-    """All rows of one .jsonl, .csv or .parquet file, in its order.
+def load_rows(path: Path, columns: Sequence[str], *, optional: Sequence[str] = ()) -> list[Row]:
+    """All rows of one .jsonl, .json (a list of objects), .csv or .parquet file, in its order.
+
+    Args:
+        columns: names of the columns that every row must have, with a value.
+        optional: further columns; a row that lacks one gets None.
 
     Raises:
         DataError: no such file, another suffix, nothing in it, a malformed line, or a missing column or value.
     """
     if not path.is_file():
         raise DataError(f"there is no data file {path}")
-    readers = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
+    readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
     if path.suffix not in readers:
         raise DataError(f"{path} has the suffix {path.suffix!r}; trimtab reads {', '.join(_SUFFIXES)}")
     try:
-        rows = list(_checked(readers[path.suffix](path), columns))
+        rows = list(_checked(readers[path.suffix](path), columns, optional))
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text: {error}; convert it to UTF-8") from error
     if not rows:
@@ -83,8 +87,8 @@ def load_rows(path: Path, columns: Sequence[str]) -> list[Row]:
     return rows
 
 
-def _checked(rows: Iterable[Row], columns: Sequence[str]) -> Iterator[Row]:
-    """Rows cut to ``columns``; the first row that lacks one is an error."""
+def _checked(rows: Iterable[Row], columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[Row]:
+    """Rows cut to ``columns`` and ``optional``; the first row that lacks one of ``columns`` is an error."""
     for row in rows:
         for column in columns:
             if column not in row.values:
@@ -92,7 +96,7 @@ def _checked(rows: Iterable[Row], columns: Sequence[str]) -> Iterator[Row]:
                 raise DataError(f"{row.where} has no column {column!r}; found {sorted(map(str, row.values))}{hint}")
             if row.values[column] is None or row.values[column] == "":
                 raise DataError(f"{row.where} has no value in the column {column!r}; fill it in or drop the row")
-        yield Row({column: row.values[column] for column in columns}, row.where)
+        yield Row({column: row.values.get(column) for column in (*columns, *optional)}, row.where)
 
 
 def _jsonl(path: Path) -> Iterator[Row]:
@@ -108,6 +112,17 @@ def _jsonl(path: Path) -> Iterator[Row]:
             if not isinstance(values, dict):
                 raise DataError(f"{where} must be a JSON object; found {type(values).__name__}")
             yield Row(values, where)
+
+
+def _json(path: Path) -> Iterator[Row]:
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} is no JSON ({error.msg} at line {error.lineno}, column {error.colno})") from error
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise DataError(f"{path} must be a JSON list of objects, one a row; a file with one object a line is named .jsonl")
+    for index, values in enumerate(entries, 1):
+        yield Row(values, f"{path}, entry {index}")
 
 
 def _csv(path: Path) -> Iterator[Row]:
@@ -135,18 +150,27 @@ def _parquet(path: Path) -> Iterator[Row]:
         yield Row(values, f"{path}, row {index}")
 
 
-def _from_source(source: str, columns: Sequence[str]) -> dict[str, list[Row]]:
+def load_source(source: str, columns: Sequence[str], *, optional: Sequence[str] = ()) -> dict[str, list[Row]]:
+    """All splits of a packaged set, a folder with train / validation / test files, one file (the training split), or a Hub id.
+
+    Args:
+        source: a Hub id may name a configuration behind a colon, as in ``gsm8k:main``.
+        columns, optional: see ``load_rows``.
+
+    Raises:
+        DataError: no such data, or rows that cannot be used.
+    """
     path = packaged_path(source) or Path(source)
     if path.is_dir():
-        return _from_folder(path, columns)
+        return _from_folder(path, columns, optional)
     if path.is_file():
-        return {"train": load_rows(path, columns)}
+        return {"train": load_rows(path, columns, optional=optional)}
     if path.suffix in _SUFFIXES or source.startswith((".", "/")):
         raise DataError(f"there is no data file or folder {source}")
-    return _from_hub(source, columns)
+    return _from_hub(source, columns, optional)
 
 
-def _from_folder(folder: Path, columns: Sequence[str]) -> dict[str, list[Row]]:
+def _from_folder(folder: Path, columns: Sequence[str], optional: Sequence[str]) -> dict[str, list[Row]]:
     found = {}
     for split, aliases in _ALIASES.items():
         files = [folder / (alias + suffix) for alias in aliases for suffix in _SUFFIXES]
@@ -154,18 +178,19 @@ def _from_folder(folder: Path, columns: Sequence[str]) -> dict[str, list[Row]]:
         if len(files) > 1:
             raise DataError(f"{folder} has several files for {split}: {', '.join(f.name for f in files)}; keep one of them")
         if files:
-            found[split] = load_rows(files[0], columns)
+            found[split] = load_rows(files[0], columns, optional=optional)
     if not found:
         raise DataError(f"{folder} has no train, validation or test file with one of the suffixes {', '.join(_SUFFIXES)}")
     return found
 
 
-def _from_hub(source: str, columns: Sequence[str]) -> dict[str, list[Row]]:
+def _from_hub(source: str, columns: Sequence[str], optional: Sequence[str]) -> dict[str, list[Row]]:
     import datasets
 
     packaged = sorted(entry.name for entry in PACKAGED.iterdir() if entry.is_dir())
     try:
-        loaded = datasets.load_dataset(source)
+        name, _, configuration = source.partition(":")
+        loaded = datasets.load_dataset(name, configuration or None)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f"the data {source!r} is no packaged set ({', '.join(packaged)}), no file or folder here, and cannot be loaded "
@@ -176,7 +201,7 @@ def _from_hub(source: str, columns: Sequence[str]) -> dict[str, list[Row]]:
         for alias in aliases:
             if alias in loaded:
                 rows = (Row(values, f"{source}, {alias}, row {i}") for i, values in enumerate(_named(loaded[alias]), 1))
-                found[split] = list(_checked(rows, columns))
+                found[split] = list(_checked(rows, columns, optional))
                 break
     return found
 
@@ -189,7 +214,12 @@ def _named(split: Any) -> Iterator[dict[str, Any]]:
         yield {k: (names[k][v] if v >= 0 else None) if k in names and v is not None else v for k, v in values.items()}
 
 
-def _hold_out(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
+def hold_out(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """Training rows, and a share of them for validation, drawn by ``seed``; both in the order of ``rows``.
+
+    Raises:
+        DataError: there is one row alone.
+    """
     if len(rows) < 2:
         raise DataError(f"{rows[0].where} is the only training row; give a validation split, or at least two rows")
     order = list(range(len(rows)))

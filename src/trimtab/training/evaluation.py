@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from rich.console import Console
 
 from trimtab import tasks
@@ -20,7 +21,7 @@ from trimtab.training.config import TrainConfig, load_config, to_yaml
 from trimtab.training.errors import RunError
 from trimtab.training.run import ADAPTER, CONFIG, INFO
 
-__all__ = ["Evaluation", "evaluate", "forward_all"]
+__all__ = ["Evaluation", "evaluate", "forward_all", "metrics_of"]
 
 
 @dataclass
@@ -49,7 +50,7 @@ def evaluate(
 
     Args:
         run: the run's folder, or the configuration file whose ``output`` it is.
-        on: a split of the run's data, or a file (.jsonl, .csv, .parquet) with the same columns.
+        on: a split of the run's data, or a file (.jsonl, .json, .csv, .parquet) with the same columns.
         inputs: raw inputs without labels, for text tasks texts; they are predicted instead.
         console: where the configuration and the metrics are printed; None prints nothing.
 
@@ -64,14 +65,16 @@ def evaluate(
     info = json.loads((folder / INFO).read_text("utf-8"))
     bundle = task.restore(config, info, on if inputs is None else list(inputs))
     load(bundle.model, folder / ADAPTER, name=config.adapter, originals="drop")
-    split, examples = next(iter(bundle.splits.items()))
-    outputs, loss = forward_all(bundle, examples, config.eval_batch_size)
-    metrics = {}
-    if loss is not None:
-        labels = np.array([example["labels"] for example in examples])
-        metrics = {"loss": loss, **bundle.metrics(_Prediction(outputs, labels))}
+    metrics, predictions = task.evaluate(config, bundle, console=console)
+    if metrics:
         console.print(f"{folder} on {on}: " + ", ".join(f"{key} {value:.4f}" for key, value in metrics.items()))
-    return Evaluation(str(folder), on if inputs is None else split, len(examples), metrics, task.decode(info, outputs))
+    return Evaluation(str(folder), on if inputs is None else "predict", len(predictions), metrics, predictions)
+
+
+def metrics_of(bundle: Bundle, examples: list[dict[str, Any]], outputs: np.ndarray) -> dict[str, float]:
+    """The task's metrics of ``outputs``, one entry an example."""
+    labels = np.array([0 if bundle.reduce else example["labels"] for example in examples])
+    return bundle.metrics(_Prediction(outputs, labels))
 
 
 @dataclass
@@ -99,17 +102,19 @@ def forward_all(bundle: Bundle, examples: list[dict[str, Any]], batch_size: int)
     model = bundle.model.to(device).eval()
     order = sorted(range(len(examples)), key=lambda i: bundle.length(examples[i]))
     rows: list[Any] = [None] * len(examples)
-    total = 0.0 if examples and "labels" in examples[0] else None
+    total, items = 0.0 if examples and "labels" in examples[0] else None, 0
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        batch = {key: value.to(device) for key, value in bundle.collate([examples[i] for i in chosen]).items()}
+        batch = send_to_device(bundle.collate([examples[i] for i in chosen]), device)
         labels = batch.pop("labels", None)
         outputs = model(**batch)
         if total is not None:
             total += bundle.loss(outputs, labels, num_items_in_batch=1).item()
-        for i, row in zip(chosen, outputs["logits"].float().cpu().numpy(), strict=True):
+            items += bundle.items(labels)
+        kept = outputs["logits"].float() if bundle.reduce is None else bundle.reduce(outputs, labels)
+        for i, row in zip(chosen, kept.cpu().numpy(), strict=True):
             rows[i] = row
-    mean = None if total is None else total / len(examples)
+    mean = None if total is None else total / items
     if mean is not None and not math.isfinite(mean):
         raise RunError(f"the loss of the loaded adapter is {mean}; the base or the adapter holds values that are not finite")
     return np.stack(rows), mean

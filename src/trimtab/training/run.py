@@ -5,6 +5,7 @@ The folder, all of it written atomically::
     config.yaml      the resolved configuration
     task.json        what a fresh process needs besides (labels)
     adapter/         the adapter with the best validation metric, head included
+    predictions/     of tasks that generate: what was written for each row of each test set
     result.json      metrics, sizes, times; its presence says that the run is complete
     curve.json, curve.png
     checkpoints/     while it runs; removed when it is complete
@@ -253,6 +254,7 @@ def _finish(config: TrainConfig, bundle: Bundle, trainer: Any, *, total: int, se
         trainer.reload(trainer.best_folder())
     entries = curve.curve_of(trainer.state.log_history)  # before the evaluations below add to it
     metrics = {split: _bare(trainer.evaluate(rows)) for split, rows in bundle.splits.items() if split != "train"}
+    metrics |= tasks.get(config.task).finish(config, bundle, output, console=console)
     with new_directory(output / ADAPTER) as stage:
         save(bundle.model, stage, name=config.adapter)
     best_step = trainer.state.best_global_step or trainer.state.global_step

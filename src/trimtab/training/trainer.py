@@ -182,6 +182,14 @@ class AdapterTrainer(Trainer):
             if self.stepper is not None:
                 self.stepper.close()
 
+    def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
+        """As transformers', but what a task's metrics need of the logits is kept alone: all of them would fill the memory."""
+        if self.bundle.reduce is None:
+            return super().prediction_step(*args, **kwargs)
+        loss, logits, labels = super().prediction_step(*args, **kwargs)
+        kept = self.bundle.reduce({"logits": logits}, labels)  # (n, ...)
+        return loss, kept, labels[:, 0]
+
     # -- never step on what is not finite
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:

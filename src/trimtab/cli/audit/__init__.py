@@ -1,0 +1,1 @@
+"""Look for what makes a result worthless."""
