@@ -60,6 +60,7 @@ __all__ = [
 _VERBS = {
     "methods": "trimtab.core.probe",
     "plan": "trimtab.training.plan",
+    "spans": "trimtab.methods.additive.reft",
     "train": "trimtab.training",
     "evaluate": "trimtab.training",
     "Schedule": "trimtab.schedules.contract",

@@ -192,6 +192,7 @@ class Site(Operation):
         head_size: channels of an attention head of its block, where that is known.
         stored: shapes of the tensors saved for this place, by name, only while a load rebuilds its adapter: for sizes
             that the data chose, and not the config.
+        source: another module whose first input an activation adapter reads here, and its path; None: the module's own input.
     """
 
     module: nn.Module
@@ -210,6 +211,8 @@ class Site(Operation):
     activation: tuple[Tensor, Tensor] | None = None
     head_size: int | None = None
     stored: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    source: nn.Module | None = None
+    source_path: str | None = None
     kind = "?"
     #: sites of these kinds act by replacing the tensor that the module reads, not by the module's forward
     substitutes = False
