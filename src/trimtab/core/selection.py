@@ -185,7 +185,7 @@ class _Search:
         path = s.output if alone else s.where
         source = s.reader if self.reads == "input" and s.path is None else None
         return replace(
-            self.place(path, role=self.anatomy.roles.get(path) if alone else s.role),
+            self.place(path, role=self.anatomy.roles.get(path) if path == s.output != s.path else s.role),
             source=source,
             source_module=None if source is None else self.anatomy.modules[source],
         )

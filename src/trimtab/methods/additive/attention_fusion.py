@@ -4,8 +4,8 @@ At a place with output ``y`` and adapters n that would change it by ``c_n``::
 
     p = softmax_n( (Q y + q) . (K c_n) )          y' = y + V sum_n p_n c_n
 
-``Q``, ``K`` (r, d), ``q`` (r,), ``V`` (d, d). The adapters stay as they are; Q, q, K and V learn. ``V`` starts at the identity and Q
-and K at N(0, 0.02): training starts near the adapters' mean. Source: arXiv 2005.00247, Eq. 3-6; there r = d, and whether ``c_n``
+``Q``, ``K`` (r, d), ``q`` (r,), ``V`` (d, d). The adapters stay as they are; Q, q, K and V learn. ``V`` starts at the identity and
+Q and K at N(0, 0.02): training starts near the adapters' mean. Source: arXiv 2005.00247, Eq. 3-6; there r = d, and whether ``c_n``
 holds y as well is left open. A bias of K would cancel in the softmax. Trainable: ``2 r d + r + d^2`` a place. Saved for
 backward: ``y``, and the place's input where an adapter reads it; everything else is computed again.
 """

@@ -1,6 +1,6 @@
 """Series adapters: a bottleneck with a residual connection after a sublayer, inside the branch.
 
-``y' = y + s (Up f(Down y + a) + b)`` with ``Down`` (m, d), ``Up`` (d, m); at the input of a matrix, ``y' = W (x + s (Up f(Down x)))``.
+``y' = y + s (Up f(Down y + a) + b)`` with ``Down`` (m, d), ``Up`` (d, m); at a matrix's input, ``y' = W (x + s (Up f(Down x)))``.
 ``Up`` and ``b`` start at zero, so training starts at the base. Sources: arXiv 1902.00751 Sec. 2 (after attention and
 feed-forward), arXiv 2005.00247 (after the feed-forward alone), arXiv 2304.01933 Sec. 3 (linear layers of a feed-forward, no
 biases, tanh). Trainable: ``2 d m + m + d`` a place, without biases ``2 d m``. Saved for backward: ``y``, and m numbers a token
