@@ -224,6 +224,7 @@ def _check(root: nn.Module, assignments: list[Assignment], name: str) -> None:
             continue
         try:
             if site.kind == "module" or site.is_meta or not site.parameter().is_floating_point() or _finite(site):
+                problems += _missing(config, site)
                 type(config).adapter_class.check(config, site)
             else:
                 problems.append(
@@ -270,7 +271,7 @@ def _generator(rng: torch.Generator | None) -> torch.Generator:
 
 def mount_group(root: nn.Module, name: str, adapters: list[Adapter], *, trainable: bool, check_gradients: bool = True) -> Group:
     """Put built adapters beneath their modules under ``name`` and freeze the base. Used by attach and load."""
-    _refuse_missing(root, adapters)
+    raise_all([problem for adapter in adapters for problem in _missing(adapter.config, adapter.site)])
     first = "_trimtab_state" not in root.__dict__
     state = state_of(root, create=True)
     if first:
@@ -292,20 +293,17 @@ def mount_group(root: nn.Module, name: str, adapters: list[Adapter], *, trainabl
     return group
 
 
-def _refuse_missing(root: nn.Module, adapters: list[Adapter]) -> None:
-    """Raise unless the adapters that some of ``adapters`` need act at their places."""
-    problems: list[TrimtabError] = []
-    for adapter in adapters:
-        module = adapter.site.module
-        for needed in type(adapter.config).adapter_class.needs(adapter.config):
-            if "trimtab" not in module._modules or not host(module).adapters(needed):
-                problems.append(
-                    NoMatch(
-                        f"{type(adapter.config).__name__} at {adapter.site.path} needs the adapter {needed!r} there; attach or "
-                        "load it first, at the same places, or name other targets"
-                    )
-                )
-    raise_all(problems)
+def _missing(config: MethodConfig, site: Site) -> list[TrimtabError]:
+    """The adapters that ``config`` needs at ``site`` and that are not there."""
+    module = site.module
+    return [
+        NoMatch(
+            f"{type(config).__name__} at {site.path} needs the adapter {name!r} there; attach or load it first, at the same "
+            "places, or name other targets"
+        )
+        for name in type(config).adapter_class.needs(config)
+        if "trimtab" not in module._modules or not host(module).adapters(name)
+    ]
 
 
 def _freeze(root: nn.Module) -> list[tuple[nn.Module, str]]:

@@ -7,6 +7,7 @@ the state dict keep the base's own tensor).
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -309,6 +310,24 @@ def _revive(base: type, tensors: frozenset[str]) -> nn.Module:
     return cls.__new__(cls)
 
 
+class _Sequence:
+    """What an adapted nn.Sequential shows of its children: those that it runs, not its host."""
+
+    def _shown(self) -> dict[str, nn.Module]:
+        return {name: module for name, module in self._modules.items() if name != CHILD}
+
+    def __iter__(self) -> Any:
+        return iter(list(self._shown().values()))
+
+    def __len__(self) -> int:
+        return len(self._shown())
+
+    def __getitem__(self, index: Any) -> nn.Module:
+        if isinstance(index, slice):
+            return nn.Sequential(OrderedDict(list(self._shown().items())[index]))
+        return list(self._shown().values())[index]
+
+
 def adapted_class(base: type, tensors: frozenset[str]) -> type:
     """The subclass of ``base`` that runs a host; cached, so that equal places have equal classes."""
     key = (base, tensors)
@@ -323,7 +342,8 @@ def adapted_class(base: type, tensors: frozenset[str]) -> type:
             "__reduce_ex__": _reduce_ex,
         }
         body.update({tensor: _property(tensor) for tensor in tensors})
-        _CLASSES[key] = type(base.__name__, (base,), body)
+        bases = (_Sequence, base) if issubclass(base, nn.Sequential) else (base,)
+        _CLASSES[key] = type(base.__name__, bases, body)
     return _CLASSES[key]
 
 

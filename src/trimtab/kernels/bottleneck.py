@@ -1,8 +1,8 @@
 """A thin network beside an activation: ``y + s (drop(f(drop(x) A^T + a)) B^T + b)``, A (m, in), B (out, m); x may be y itself.
 
 One autograd Function keeps ``x`` in its own dtype and storage, and ``u = drop(x) A^T + a`` (tokens, m) where ``16 m <= in``, that
-is at most a sixteenth beside it; a wider ``u`` and the dropout masks are made again in backward. With ``h = drop(f(u))``,
-``G = dL/dy'``::
+is at most a sixteenth beside it; a wider ``u`` and the dropout masks are made again in backward. Where no factor learns it keeps
+``u`` alone, and that only for a nonlinear f. With ``h = drop(f(u))``, ``G = dL/dy'``::
 
     v = s G B                     du = f'(u) * mask * v
     dx = mask * (du A)            (and dx = G + that where x is y: one product on top of G)
@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from trimtab.core.errors import ShapeMismatch
 from trimtab.kernels.dropout import draw_seed, keep_mask, keep_rate, masks
 from trimtab.kernels.lowrank import KEEP, down
-from trimtab.kernels.mode import compute_dtype, fused
+from trimtab.kernels.mode import compute_dtype, fused, if_learnt
 
 __all__ = ["ACTIVATIONS", "Make", "Parts", "bottleneck"]
 
@@ -157,8 +157,10 @@ class _Bottleneck(Function):
         right = (right if b is None else torch.cat([right, b[None]])) * _gain(s, factor, dtype)
         h = _column(h, b)
         new = torch.addmm(y2, h, right) if y.dtype == dtype else y2 + (h @ right).to(y.dtype)
-        few = A.shape[0] * KEEP <= A.shape[1] and any(ctx.needs_input_grad)
-        ctx.save_for_backward(x, s, u if few else None, *factors)
+        need, few = ctx.needs_input_grad, A.shape[0] * KEEP <= A.shape[1]
+        # without x there is nothing to make u from again
+        asked = (few and any(need)) if any(need[9:]) else need[2] or (need[0 if ctx.series else 1] and ACTIVATIONS[act] is not None)
+        ctx.save_for_backward(if_learnt(x, need[9:]), s, u if asked else None, *factors)
         return torch.ops.aten._unsafe_view(new, y.shape)
 
     @staticmethod
@@ -199,7 +201,7 @@ def _gradients(
     """Gradients of x (with G on top where x is y), of s, and of the parts."""
     A, a, B, b = parts
     gain, keep = _gain(s, ctx.factor, ctx.dtype), keep_rate(ctx.rates[1])
-    u = _thin(x, A, a, ctx.rates[0], ctx.seeds[0]) if u is None else u
+    u = _thin(x, A, a, ctx.rates[0], ctx.seeds[0]) if u is None else u  # of a stand-in for x only where its values do not matter
     h, mask = _hidden(u, ctx.act, ctx.rates[1], ctx.seeds[1])
     gB = gb = gs = None
     if learns or s is not None:

@@ -17,8 +17,7 @@ from torch import Generator
 from trimtab.core.contracts import MethodConfig, Span
 from trimtab.core.registry import method
 from trimtab.core.site import Site
-from trimtab.methods.additive.parallel_adapter import refuse_indices
-from trimtab.methods.additive.series_adapter import Bottleneck, require_bottleneck
+from trimtab.methods.additive.series_adapter import Bottleneck, refuse_indices, require_bottleneck
 
 __all__ = ["AdaptFormer", "AdaptFormerAdapter"]
 

@@ -114,6 +114,9 @@ class AttentionFusionAdapter(ActivationAdapter):
         return (mean if self.value is None else F.linear(mean, self.value.to(dtype))).to(y.dtype)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        sources = (a for name in self.config.adapters for a in _sources(self.site, name))
+        if all(isinstance(a, ActivationAdapter) and a.reads(a.config) == "output" for a in sources):
+            x = y  # nobody reads x: it need not be kept
         if torch.is_grad_enabled() and fused(x, y, *self.parameters()):
             return y + checkpoint(self.mixed, x, y, use_reentrant=False)
         return y + self.mixed(x, y)

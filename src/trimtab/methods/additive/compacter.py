@@ -68,7 +68,7 @@ class Compacter(MethodConfig):
     tests=({"reduction": 2, "divisions": 2}, {"reduction": 4, "divisions": 1, "rank": 2, "shared": False, "act": "none"}),
 )  # fmt: skip
 class CompacterAdapter(ActivationAdapter):
-    """``rule`` (n, n, n), shared; ``s``, ``t``, ``u``, ``v`` as above with an axis of n first; ``down_bias`` (m,), ``up_bias`` (d,)."""
+    """``rule`` (n, n, n), shared; ``s``, ``t``, ``u``, ``v`` with n as their first axis; ``down_bias`` (m,), ``up_bias`` (d,)."""
 
     targets = "attn | mlp"
 

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Generator, nn
+from torch import Generator
 
 from trimtab.core.anatomy import Anatomy
 from trimtab.core.contracts import MethodConfig, Span
-from trimtab.core.errors import Unsupported
 from trimtab.core.registry import method
 from trimtab.core.site import Site
-from trimtab.methods.additive.series_adapter import Bottleneck, present, require_bottleneck
+from trimtab.methods.additive.series_adapter import Bottleneck, present, refuse_indices, require_bottleneck
 
-__all__ = ["ParallelAdapter", "ParallelAdapterAdapter", "refuse_indices"]
+__all__ = ["ParallelAdapter", "ParallelAdapterAdapter"]
 
 
 @dataclass(frozen=True)
@@ -53,12 +52,6 @@ class ParallelAdapter(MethodConfig):
     def __post_init__(self) -> None:
         require_bottleneck(self)
         self.require_choice("placement", ("mlp", "attn", "both", "llm"))
-
-
-def refuse_indices(config: MethodConfig, site: Site) -> None:
-    """Raise ``Unsupported`` at an embedding, whose input is indices."""
-    if isinstance(site.module, nn.Embedding):
-        raise Unsupported(f"{type(config).__name__} reads a module's input, and {site.name} reads indices; put it elsewhere")
 
 
 @method(

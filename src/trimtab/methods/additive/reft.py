@@ -148,7 +148,8 @@ class ReFTAdapter(ActivationAdapter):
             if len(places):
                 index = torch.tensor(list(places), device=y.device)
                 h = y.index_select(-2, index)
-                y = y.index_add(-2, index, self.edit(h, k, torch.zeros_like(h)))
+                # index_add would keep what it adds
+                y = y.scatter_add(-2, index[:, None].expand_as(h), self.edit(h, k, torch.zeros_like(h)))
         return y
 
     def _within(self, y: Tensor) -> Tensor:

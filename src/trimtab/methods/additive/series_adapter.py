@@ -18,11 +18,12 @@ from torch import Generator, Tensor, nn
 
 from trimtab.core.anatomy import Anatomy
 from trimtab.core.contracts import ActivationAdapter, MethodConfig, Span
+from trimtab.core.errors import Unsupported
 from trimtab.core.registry import method
 from trimtab.core.site import Site
 from trimtab.kernels.bottleneck import ACTIVATIONS, bottleneck
 
-__all__ = ["Bottleneck", "SeriesAdapter", "SeriesAdapterAdapter", "present", "require_bottleneck"]
+__all__ = ["Bottleneck", "SeriesAdapter", "SeriesAdapterAdapter", "present", "refuse_indices", "require_bottleneck"]
 
 _BEFORE = ("mlp.gate", "mlp.up", "mlp.gate_up")
 
@@ -45,6 +46,12 @@ def present(anatomy: Anatomy, *roles: str) -> str:
     """Those of ``roles`` that the model has, as an expression; all of them if it has none, so that the error names them."""
     known = set(anatomy.roles.values())
     return " | ".join([role for role in roles if role in known] or roles)
+
+
+def refuse_indices(config: MethodConfig, site: Site) -> None:
+    """Raise ``Unsupported`` at an embedding, whose input is indices."""
+    if isinstance(site.module, nn.Embedding):
+        raise Unsupported(f"{type(config).__name__} reads a module's input, and {site.name} reads indices; put it elsewhere")
 
 
 class Bottleneck(ActivationAdapter):
@@ -155,6 +162,11 @@ class SeriesAdapterAdapter(Bottleneck):
         if config.placement == "llm":
             return present(anatomy, *_BEFORE, "mlp.down")
         return "mlp" if config.placement == "pfeiffer" else cls.targets
+
+    @classmethod
+    def check(cls, config: SeriesAdapter, site: Site) -> None:
+        if config.before(site):
+            refuse_indices(config, site)
 
     @classmethod
     def reads(cls, config: SeriesAdapter) -> str:
