@@ -67,7 +67,7 @@ def leaf(path: str) -> str:
 
 def is_norm(path: str, module: nn.Module) -> bool:
     if "Norm" in class_of(module).__name__:
-        return True
+        return not has_matrix(module)  # a branch may be wrapped together with its norm (PreNorm)
     own = [p for p in module._parameters.values() if p is not None]
     return bool(own) and not module._modules and all(p.dim() == 1 for p in own) and bool(_NORM.search(leaf(path)))
 

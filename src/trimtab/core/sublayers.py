@@ -91,12 +91,16 @@ def _told_apart(here: list[Sublayer], block: str) -> list[Sublayer]:
 
 def _attention_groups(block: str, inside: list[str], modules: dict[str, nn.Module], roles: dict[str, str]) -> list[list[str]]:
     """Paths with attention roles, those of one attention together."""
+    found = [path for path in inside if roles.get(path, "").startswith("attn.")]
     groups: dict[str, list[str]] = {}
-    packed = [path for path in inside if isinstance(modules[path], nn.MultiheadAttention)]
-    for path in inside:
-        if roles.get(path, "").startswith("attn."):
-            home = next((p for p in packed if path == p or path.startswith(f"{p}.")), None)
-            groups.setdefault(home or container(path, block), []).append(path)
+    for path in found:
+        if roles[path] != "attn.o":
+            home = path if isinstance(modules[path], nn.MultiheadAttention) else container(path, block)
+            groups.setdefault(home, []).append(path)
+    for path in found:
+        if roles[path] == "attn.o":  # may stand in a module of its own below its attention
+            around = [home for home in groups if path.startswith(f"{home}.")]
+            groups.get(max(around, key=len, default=""), []).append(path)
     return list(groups.values())
 
 

@@ -109,7 +109,8 @@ class AttentionFusionAdapter(ActivationAdapter):
         c = torch.stack([_change(a, x, y) for name in self.config.adapters for a in _sources(self.site, name)], -2)  # (..., n, out)
         dtype = c.dtype
         query = F.linear(y.to(dtype), self.query.to(dtype), self.query_bias.to(dtype)) @ self.key.to(dtype)  # (..., out)
-        p = (c @ query[..., None]).float().softmax(-2).to(dtype)  # (..., n, 1)
+        scores = (c @ query[..., None]).to(torch.promote_types(dtype, torch.float32))
+        p = scores.softmax(-2).to(dtype)  # (..., n, 1)
         mean = (c.transpose(-1, -2) @ p)[..., 0]
         return (mean if self.value is None else F.linear(mean, self.value.to(dtype))).to(y.dtype)
 
