@@ -43,7 +43,7 @@ class Row:
     name: str
     ours: Callable[[int], tt.MethodConfig]
     peft: Callable[[Any, int, list[str]], Any] | None = None
-    targets: str = "linear"
+    targets: str | None = "linear"  # None: the method's own default
     same: bool = True  # whether peft's is the same method, and not its nearest relative
 
 
@@ -91,13 +91,28 @@ ROWS = (
     Row("IA3", lambda r: tt.IA3(), lambda p, r, t: p.IA3Config(
         target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]), "attn.k | attn.v | mlp.down"),
     Row("SSF", lambda r: tt.SSF(), None, "linear"),
+    # peft has no bottleneck adapters; widths as their papers have them
+    Row("SeriesAdapter", lambda r: tt.SeriesAdapter(bottleneck=64), None, None),
+    Row("SeriesAdapter mlp", lambda r: tt.SeriesAdapter(bottleneck=64, placement="pfeiffer"), None, None),
+    Row("ParallelAdapter", lambda r: tt.ParallelAdapter(bottleneck=64), None, None),
+    Row("ParallelAdapter linear", lambda r: tt.ParallelAdapter(bottleneck=64, act="tanh", bias=False, placement="llm"), None, None),
+    Row("AdaptFormer", lambda r: tt.AdaptFormer(bottleneck=64), None, None),
+    Row("Compacter", lambda r: tt.Compacter(), None, None),
+    Row("AttentionFusion", lambda r: tt.AttentionFusion(adapters=("one", "two")), None, None),
+    Row("AttentionFusion rank", lambda r: tt.AttentionFusion(adapters=("one", "two"), rank=r, value=False), None, None),
+    Row("ReFT", lambda r: tt.ReFT(rank=r), None, None),
+    Row("ReFT ends", lambda r: tt.ReFT(rank=r, first=7, last=7), None, None),
 )  # fmt: skip
 
 
 def rows() -> tuple[Row, ...]:
     """The rows above, and one by its defaults for every registered method that they do not have."""
     known = {type(row.ours(16)).__name__ for row in ROWS}
-    return ROWS + tuple(Row(name, lambda r, name=name: tt.get(name)()) for name in tt.names() if name not in known)
+    more = [(name, tt.get(name)) for name in tt.names() if name not in known]
+    return ROWS + tuple(
+        Row(name, lambda r, c=config: c(), targets=None if issubclass(config.adapter_class, tt.ActivationAdapter) else "linear")
+        for name, config in more
+    )
 
 
 def build(args: argparse.Namespace) -> nn.Module:
@@ -159,6 +174,9 @@ def ours(args: argparse.Namespace, row: Row) -> nn.Module:
     if (config := row.ours(args.rank)).adapter_class.wants(config):
         x = torch.randn(1, 8, args.width, dtype=getattr(torch, args.dtype))
         loss = lambda m: m(inputs_embeds=x, use_cache=False).last_hidden_state.pow(2).sum()  # noqa: E731
+    for name in config.adapter_class.needs(config):
+        tt.attach(model, tt.SeriesAdapter(bottleneck=64), name=name, trainable=False)
+        tt.activate(model)
     tt.attach(model, config, targets=row.targets, loss=loss, check_gradients=False)
     return model
 

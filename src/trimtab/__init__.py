@@ -66,6 +66,7 @@ _VERBS = {
     "merge_rules": "trimtab.artifacts.rules",
     "methods": "trimtab.core.probe",
     "plan": "trimtab.training.plan",
+    "spans": "trimtab.methods.additive.reft",
     "train": "trimtab.training",
     "evaluate": "trimtab.training",
     "Schedule": "trimtab.schedules.contract",

@@ -74,6 +74,19 @@ class Fused(nn.Module):
         return self.head(x)
 
 
+class Spread(nn.Module):
+    """torch's encoder, norms in front: packed attention, and feed-forwards that are no module of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(WIDTH, 2, 16, 0.0, batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(WIDTH, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(x))
+
+
 class Packed(nn.Module):
     """nn.MultiheadAttention, whose projections are a packed parameter."""
 
@@ -154,6 +167,7 @@ class Kind:
     Attributes:
         targets: names of matrices; ``tensors`` methods (norms, biases) use their own default.
         routes: whether rows of a batch can be told apart there.
+        whole: whether the targets are whole modules, for methods that act on activations.
     """
 
     name: str
@@ -161,6 +175,7 @@ class Kind:
     inputs: object
     targets: tuple[str, ...]
     routes: bool = True
+    whole: bool = False
 
 
 KINDS = (
@@ -176,6 +191,10 @@ KINDS = (
     Kind("fused", Fused, _sequence, ("attn.qkv",)),
     Kind("fused part", Fused, _sequence, ("attn.q", "attn.v", "mlp.down")),
     Kind("bank", Bank, _sequence, ("experts",), routes=False),
+    Kind("whole attn", Fused, _sequence, ("attn",), whole=True),
+    Kind("whole mlp", Fused, _sequence, ("mlp",), whole=True),
+    Kind("spread mlp", Spread, _sequence, ("mlp",), whole=True),
+    Kind("block", Fused, _sequence, ("block",), whole=True),
 )
 BY_NAME = {kind.name: kind for kind in KINDS}
 
@@ -203,12 +222,36 @@ class Case:
     def attach(self, model: nn.Module, *, name: str = "default", seed: int = 2, moved: bool = True, **more: object) -> None:
         """Attach; ``moved`` takes the parameters a random step away from their start."""
         more.setdefault("targets", list(self.targets) if self.targets else None)
+        self.prepare(model)
         if self.adapter.wants(self.config):
             x = self.inputs(next(model.parameters()).dtype)
             more["loss"] = lambda m: m(x).float().pow(2).sum()
         tt.attach(model, self.config, name=name, rng=torch.Generator().manual_seed(seed), **more)
         if moved:
             move(model, name, seed)
+
+
+    def prepare(self, model: nn.Module) -> None:
+        """Put the adapters on that the method needs: frozen, inactive, equal at every call."""
+        state = model.__dict__.get("_trimtab_state")
+        before, there = (state.active, state.groups) if state else ((), {})
+        for seed, name in enumerate(self.adapter.needs(self.config)):
+            if name not in there:
+                rng = torch.Generator().manual_seed(seed)
+                series = tt.SeriesAdapter(bottleneck=2, init="bert")
+                tt.attach(model, series, targets=list(self.targets), name=name, rng=rng)
+                move(model, name, seed)
+                state = model.__dict__["_trimtab_state"]
+                state.groups[name].trainable = False
+                for p in tt.parameters(model, name):
+                    p.requires_grad_(False)
+                tt.activate(model, *before)
+
+    def detach(self, model: nn.Module, name: str = "default") -> None:
+        """Take ``name`` off, and what ``prepare`` put on."""
+        tt.detach(model, name)
+        for needed in self.adapter.needs(self.config):
+            tt.detach(model, needed)
 
 
 def move(model: nn.Module, name: str, seed: int) -> None:
@@ -218,11 +261,15 @@ def move(model: nn.Module, name: str, seed: int) -> None:
             p.add_(torch.randn(p.shape, generator=rng).to(p) * 0.1)
 
 
-def _fits(config: tt.MethodConfig, kind: Kind, targets: tuple[str, ...] | None) -> bool:
+def fits(config: tt.MethodConfig, kind: Kind, targets: tuple[str, ...] | None) -> bool:
     """Whether the method says that it applies there: a dry run, which must refuse with one of trimtab's own errors."""
     torch.manual_seed(0)
+    if kind.whole and not issubclass(type(config).adapter_class, tt.ActivationAdapter):
+        return False
     try:
-        tt.attach(kind.build(), config, targets=list(targets) if targets else None, dry_run=True)
+        model = kind.build()
+        Case(config, kind, targets).prepare(model)
+        tt.attach(model, config, targets=list(targets) if targets else None, dry_run=True)
     except TrimtabError:
         return False
     return True
@@ -238,7 +285,7 @@ def cases() -> list:
             config = entry.config(**variant)
             for kind in KINDS:
                 targets = None if own else kind.targets
-                if _fits(config, kind, targets):
+                if fits(config, kind, targets):
                     label = ",".join(f"{k}={v}" for k, v in variant.items())
                     found.append(pytest.param(Case(config, kind, targets), id=f"{entry.name}({label})-{kind.name}"))
     return found
@@ -249,4 +296,4 @@ def weight_cases() -> list:
     return [p for p in cases() if issubclass(p.values[0].adapter, tt.Reparameterization)]
 
 
-__all__ = ["BATCH", "BY_NAME", "KINDS", "Case", "cases", "move", "weight_cases"]
+__all__ = ["BATCH", "BY_NAME", "KINDS", "Case", "Fused", "Spread", "cases", "fits", "move", "weight_cases"]

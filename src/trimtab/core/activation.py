@@ -8,8 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from trimtab.core.contracts import ActivationAdapter
 from trimtab.core.errors import NoMatch, Unsupported, nearest
-from trimtab.core.host import adapted_chain, on_tensors
+from trimtab.core.host import Host, adapted_chain, on_tensors
 from trimtab.core.routing import clear_routes, set_routes
 from trimtab.core.state import adapter_group, host, resolve_names, state_of, trainable_parameters, unwrap
 from trimtab.core.table import Table
@@ -141,6 +142,7 @@ def effective_weight(model: nn.Module, path: str, name: str | Sequence[str] | No
 
     Raises:
         NoMatch: no such adapter, or none acts at ``path``.
+        Unsupported: one of them acts on activations there and has no weight form.
     """
     state = state_of(model)
     names = state.active if name is None else (name,) if isinstance(name, str) else tuple(name)
@@ -149,22 +151,33 @@ def effective_weight(model: nn.Module, path: str, name: str | Sequence[str] | No
     if path not in state.hosts:
         raise NoMatch(f"no adapter is attached at {path!r}{nearest(path, state.hosts)}")
     here = host(state.hosts[path])
-    acting = {n: [e for a in here.adapters(n) if a.site.kind != "module" for e in on_tensors(a)] for n in state.groups}
+    _refuse_weightless(here, [n for n in names if not state.groups[n].merged], path)
+    acting = {n: [e for a in here.adapters(n) for e in on_tensors(a)] for n in state.groups}
     sites = {each.site.tensor for found in acting.values() for each in found}
     if tensor is None:
         tensor = "weight" if "weight" in sites or len(sites) != 1 else next(iter(sites))
-    chains: dict[str | None, list] = {}
+    chains: dict[tuple, list] = {}
     for each in names:
         if state.groups[each].merged:
             continue  # its update already stands in the base weight
         for adapter in acting[each]:
             if adapter.site.tensor == tensor:
-                chains.setdefault(adapter.site.part, []).append(adapter)
+                chains.setdefault((adapter.site.part, getattr(adapter, "outer", False)), []).append(adapter)
     some = next((each for found in acting.values() for each in found if each.site.tensor == tensor), None)
     if some is None:
         raise NoMatch(f"no adapter acts on the parameter {tensor!r} of {path!r}{nearest(tensor, sites)}")
     with torch.no_grad():
         return adapted_chain(some.site, list(chains.values())).detach()
+
+
+def _refuse_weightless(here: Host, names: Sequence[str], path: str) -> None:
+    for name in names:
+        for adapter in here.adapters(name):
+            if isinstance(adapter, ActivationAdapter) and not on_tensors(adapter):
+                raise Unsupported(
+                    f"{type(adapter.config).__name__} ({name!r}) acts on the activations of {path}, which no weight does; compare "
+                    "outputs instead"
+                )
 
 
 def summary(model: nn.Module) -> Table:

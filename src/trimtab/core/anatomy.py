@@ -10,9 +10,11 @@ from torch import nn
 
 from trimtab.core.site import Rows
 from trimtab.core.structure import (
+    ATTENTION,
     base_modules,
     block_paths,
     class_of,
+    container,
     has_matrix,
     is_matrix,
     is_norm,
@@ -21,8 +23,9 @@ from trimtab.core.structure import (
     qkv_role,
     sizes,
 )
+from trimtab.core.sublayers import Sublayer, sublayers
 
-__all__ = ["HEADS", "KV_HEADS", "Anatomy", "Block", "attention_of", "is_matrix", "of"]
+__all__ = ["HEADS", "KV_HEADS", "Anatomy", "Block", "is_matrix", "of"]
 
 #: names of a module's attributes that count its query heads, and its key-value heads
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
@@ -32,7 +35,6 @@ KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads")
 # module that holds the projection; all use one layout: for each key-value head its query heads, then k, then v.
 INTERLEAVED = frozenset({"GPTNeoXAttention", "BloomAttention", "FalconAttention", "FalconFlashAttention2", "PersimmonAttention"})
 
-_ATTENTION = re.compile(r"attn|attention|(^|_)mha($|_)", re.IGNORECASE)
 _GATE = re.compile(r"gate|gate_proj|wi_0|w1|linear_gate|fc_gate|w_gate|gate_linear", re.IGNORECASE)
 _GATE_UP = re.compile(r"gate_up|gate_up_proj|up_gate_proj|w12|fc1_gate", re.IGNORECASE)
 _DOWN = re.compile(r"down|down_proj|w2|wo|fc2|c_proj|fc_out|lin2|linear2|dense_4h_to_h|pwconv2|w3_down", re.IGNORECASE)
@@ -74,6 +76,7 @@ class Anatomy:
         parts: path of a fused projection -> part (q, k, v) -> rows of its (out, in) matrix.
         banks: module path -> parameter -> role, for parameters that a module reads by itself.
         modules: module path -> module, adapters left out; a shared module once, under its first path.
+        sublayers: the attentions and feed-forwards of the blocks as whole branches, in model order.
     """
 
     blocks: tuple[str, ...]
@@ -83,6 +86,7 @@ class Anatomy:
     modules: dict[str, nn.Module] = field(repr=False)
     owner: dict[str, int] = field(repr=False, default_factory=dict)
     facts: dict[int, dict[str, Any]] = field(repr=False, default_factory=dict)
+    sublayers: tuple[Sublayer, ...] = field(repr=False, default=())
 
     def block_of(self, path: str) -> int | None:
         """Index of the block that ``path`` stands in, or None."""
@@ -129,7 +133,8 @@ def of(model: nn.Module) -> Anatomy:
     roles.update({p: r for p, r in loose.items() if p not in heads})
     parts = {p: found for p, r in roles.items() if r == "attn.qkv" and (found := _parts(p, roles, modules, model))}
     ordered = {p: roles[p] for p in modules if p in roles}
-    return Anatomy(blocks, ordered, parts, _banks(modules), modules, owner, facts)
+    banks = _banks(modules)
+    return Anatomy(blocks, ordered, parts, banks, modules, owner, facts, sublayers(blocks, modules, owner, ordered, banks))
 
 
 # -- roles
@@ -165,7 +170,7 @@ def _width(modules: dict[str, nn.Module], inside: list[str]) -> int | None:
     """Width of a block: its norms' size, else the most common input size."""
     for path in inside:
         weight = getattr(modules[path], "weight", None)
-        if is_norm(path, modules[path]) and weight is not None and weight.dim() == 1 and not _ATTENTION.search(leaf(path)):
+        if is_norm(path, modules[path]) and weight is not None and weight.dim() == 1 and not ATTENTION.search(leaf(path)):
             if not any(qkv_role(f"{path.rpartition('.')[0]}.{n}", c) for n, c in modules[path.rpartition(".")[0]]._modules.items()):
                 return weight.shape[0]
     inputs = [sizes(modules[p])[1] for p in inside if is_matrix(modules[p])]
@@ -183,11 +188,11 @@ def _attention_roles(block: str, inside: list[str], modules: dict[str, nn.Module
             roles[path], roles[f"{path}.out_proj"] = "attn.qkv", "attn.o"
         elif role and _plausible(role, module, path, inside, modules):
             roles[path] = role
-            containers.append(attention_of(path, block))
-    for container in filter(None, dict.fromkeys(containers)):  # bare q, k, v of the root: nothing says what is o
-        others = [p for p in inside if p.startswith(f"{container}.") and is_matrix(modules[p]) and p not in roles]
-        given = width or next(sizes(modules[p])[1] for p in roles if p.startswith(f"{container}."))
-        outputs = [p for p in others if sizes(modules[p])[0] == given and _under_attention(p, container, roles)]
+            containers.append(container(path, block))
+    for home in filter(None, dict.fromkeys(containers)):  # bare q, k, v of the root: nothing says what is o
+        others = [p for p in inside if p.startswith(f"{home}.") and is_matrix(modules[p]) and p not in roles]
+        given = width or next(sizes(modules[p])[1] for p in roles if p.startswith(f"{home}."))
+        outputs = [p for p in others if sizes(modules[p])[0] == given and _under_attention(p, home, roles)]
         if outputs:
             roles[outputs[-1]] = "attn.o"
     return roles
@@ -197,20 +202,10 @@ def _plausible(role: str, module: nn.Module, path: str, inside: list[str], modul
     """A lone ``q`` or ``in_proj`` is attention only with its partners: k and v beside it, or three matrices' rows."""
     if role == "attn.qkv":
         out, fan_in = sizes(module)
-        return bool(_ATTENTION.search(path)) or out == 3 * fan_in
+        return bool(ATTENTION.search(path)) or out == 3 * fan_in
     parent = path.rpartition(".")[0]
     siblings = {qkv_role(p, modules[p]) for p in inside if p.rpartition(".")[0] == parent}
-    return len(siblings - {None}) >= 2 or bool(_ATTENTION.search(parent))
-
-
-def attention_of(path: str, block: str) -> str:
-    """The outermost module below the block, on the way to ``path``, that is named as attention; else the direct parent."""
-    names = path.split(".")
-    start = len(block.split(".")) if block else 0
-    for depth in range(start + 1, len(names)):
-        if _ATTENTION.search(names[depth - 1]):
-            return ".".join(names[:depth])
-    return ".".join(names[:-1])
+    return len(siblings - {None}) >= 2 or bool(ATTENTION.search(parent))
 
 
 def _under_attention(path: str, container: str, roles: dict[str, str]) -> bool:
@@ -285,7 +280,7 @@ def _parts(path: str, roles: dict[str, str], modules: dict[str, nn.Module], mode
         return {part: Rows(i * width, width) for i, part in enumerate("qkv")}
     out, fan_in = sizes(module)
     holder = path.rpartition(".")[0]
-    o = next((p for p, r in roles.items() if r == "attn.o" and p.startswith(attention_of(path, ""))), None)
+    o = next((p for p, r in roles.items() if r == "attn.o" and p.startswith(container(path, ""))), None)
     o = o or next((p for p, r in roles.items() if r == "attn.o" and p.rpartition(".")[0] == holder), None)
     q = sizes(modules[o])[1] if o and is_matrix(modules[o]) else out // 3
     kv, rest = divmod(out - q, 2)

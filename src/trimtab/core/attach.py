@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from trimtab.core import anatomy as anatomy_module
 from trimtab.core.bank import build_adapter
 from trimtab.core.calibrate import site_activations, site_gradients
-from trimtab.core.contracts import Adapter, MethodConfig, Selection
+from trimtab.core.contracts import ActivationAdapter, Adapter, MethodConfig, Selection
 from trimtab.core.errors import NoMatch, ShapeMismatch, TrimtabError, Unsupported, raise_all
 from trimtab.core.guard import watch
-from trimtab.core.host import dismount, escape, mount
-from trimtab.core.kinds import sites_of
+from trimtab.core.host import dismount, escape, feed, mount
+from trimtab.core.places import sites_of
 from trimtab.core.selection import Place, select
 from trimtab.core.site import Cohort, Site
-from trimtab.core.state import Group, adapter_group, drop_state, host, parameter_users, state_of, unwrap
+from trimtab.core.state import Group, adapter_group, dependants, drop_state, host, parameter_users, state_of, unwrap
 from trimtab.core.table import Table
 
 __all__ = ["Assignment", "attach", "detach", "mount_group", "plan_sites", "remove_adapters"]
@@ -120,16 +120,15 @@ def plan_sites(
             problems.append(
                 NoMatch(
                     f"the override {clause!r} matches {len(chosen)} places, none of which is targeted by "
-                    f"{targets or type(method).adapter_class.targets!r}; add it to targets, or attach it on its own"
+                    f"{targets or type(method).adapter_class.places(method, anatomy)!r}; add it to targets, or attach it on its own"
                 )
             )
         for index in hits:
             configs[index] = config
-    width = _width(anatomy)
     found: dict[tuple[str, str], Assignment] = {}
     for config, place in zip(configs, places, strict=True):
         try:
-            for site in sites_of(place, type(config).adapter_class, width=width):
+            for site in sites_of(place, type(config).adapter_class, width=_width(anatomy, place)):
                 site.layer = type(config).adapter_class.layer(config)
                 # a container and what is below it may both match (a head and its layers): a tensor is one site
                 found.setdefault((site.path, site.slot), (config, site))
@@ -139,8 +138,20 @@ def plan_sites(
     assignments = list(found.values())
     for _, site in assignments:
         site.head_size = anatomy.facts[site.block]["head_size"] if site.block is not None else None
+    for config, site in assignments:
+        _read_alike(config, site)
     _refuse_ties(root, assignments)
     return assignments
+
+
+def _read_alike(config: MethodConfig, site: Site) -> None:
+    """A method that needs other adapters reads at a place what they read there."""
+    here = site.module._modules.get("trimtab")
+    for name in type(config).adapter_class.needs(config) if here is not None else ():
+        for other in here.adapters(name):
+            if other.site.source is not None:
+                site.source, site.source_path = other.site.source, other.site.source_path
+                site.shape = (site.shape[0], other.site.shape[1])
 
 
 def _select(root: nn.Module, method: MethodConfig, targets: Targets, layers: Sequence[int] | None, anatomy: Any) -> list[Place]:
@@ -152,11 +163,16 @@ def _select(root: nn.Module, method: MethodConfig, targets: Targets, layers: Seq
     elif cls.tensors is not None:
         names = cls.tensors
         leaves = lambda module: any(module._parameters.get(tensor) is not None for tensor in names)  # noqa: E731
-    return select(root, targets, layers=layers, anatomy=anatomy, default=cls.targets, leaves=leaves, containers=containers)
+    default = cls.places(method, anatomy)
+    reads = cls.reads(method) if issubclass(cls, ActivationAdapter) else None
+    return select(
+        root, targets, layers=layers, anatomy=anatomy, default=default, leaves=leaves, containers=containers, reads=reads
+    )
 
 
-def _width(anatomy: Any) -> int | None:
-    return anatomy.block(0).width if anatomy.blocks else None
+def _width(anatomy: Any, place: Place) -> int | None:
+    """Width of the place's block, or of the first."""
+    return anatomy.facts[place.block or 0]["width"] if anatomy.blocks else None
 
 
 def _refuse_ties(root: nn.Module, assignments: list[Assignment]) -> None:
@@ -209,6 +225,7 @@ def _check(root: nn.Module, assignments: list[Assignment], name: str) -> None:
             continue
         try:
             if site.kind == "module" or site.is_meta or not site.parameter().is_floating_point() or _finite(site):
+                problems += _missing(config, site)
                 type(config).adapter_class.check(config, site)
             else:
                 problems.append(
@@ -255,6 +272,7 @@ def _generator(rng: torch.Generator | None) -> torch.Generator:
 
 def mount_group(root: nn.Module, name: str, adapters: list[Adapter], *, trainable: bool, check_gradients: bool = True) -> Group:
     """Put built adapters beneath their modules under ``name`` and freeze the base. Used by attach and load."""
+    raise_all([problem for adapter in adapters for problem in _missing(adapter.config, adapter.site)])
     first = "_trimtab_state" not in root.__dict__
     state = state_of(root, create=True)
     if first:
@@ -266,11 +284,27 @@ def mount_group(root: nn.Module, name: str, adapters: list[Adapter], *, trainabl
         adapter.requires_grad_(trainable)
         mount(adapter.site.module, name, adapter)
         state.hosts[adapter.site.path] = adapter.site.module
+        if adapter.site.source is not None:
+            feed(adapter.site.source, name, adapter)
+            state.hosts[adapter.site.source_path] = adapter.site.source
         group.adapters.append(adapter)
     if trainable and check_gradients:
         group.checked = False
         watch(root)
     return group
+
+
+def _missing(config: MethodConfig, site: Site) -> list[TrimtabError]:
+    """The adapters that ``config`` needs at ``site`` and that are not there."""
+    module = site.module
+    return [
+        NoMatch(
+            f"{type(config).__name__} at {site.path} needs the adapter {name!r} there; attach or load it first, at the same "
+            "places, or name other targets"
+        )
+        for name in type(config).adapter_class.needs(config)
+        if "trimtab" not in module._modules or not host(module).adapters(name)
+    ]
 
 
 def _freeze(root: nn.Module) -> list[tuple[nn.Module, str]]:
@@ -290,13 +324,15 @@ def detach(model: nn.Module, name: str) -> None:
     Raises:
         NoMatch: no such adapter.
         Unsupported: it is merged (its update stands in the weights: unmerge first, or keep the merged weights with
-            ``tt.merge(model, name, permanent=True)``).
+            ``tt.merge(model, name, permanent=True)``); or another adapter needs it.
     """
     root = unwrap(model)
     state = state_of(root)
     group = adapter_group(state, name)
     if group.merged:
         raise Unsupported(f"the adapter {name!r} is merged into the base; tt.unmerge(model, {name!r}) before detaching it")
+    if others := dependants(state, name):
+        raise Unsupported(f"the adapter {others[0]!r} needs {name!r}; tt.detach(model, {others[0]!r}) first")
     remove_group(root, name)
 
 
@@ -305,7 +341,8 @@ def remove_group(root: nn.Module, name: str) -> None:
     state = state_of(root)
     group = state.groups.pop(name)
     state.active = tuple(other for other in state.active if other != name)
-    for path in {adapter.site.path for adapter in group.adapters}:
+    paths = {path for adapter in group.adapters for path in (adapter.site.path, adapter.site.source_path) if path is not None}
+    for path in paths:
         module = state.hosts[path]
         if escape(name) in host(module)._modules:
             dismount(module, name)
@@ -341,8 +378,10 @@ def _table(name: str, rows: list[tuple[Site, MethodConfig, Adapter]]) -> Table:
         title=f"adapter {name!r}",
         sums=("parameters", "bytes"),
     )
+    seen: set[int] = set()  # what places share counts at the first of them
     for site, config, adapter in rows:
-        values = list(adapter.parameters())
+        values = [value for value in adapter.parameters() if id(value) not in seen]
+        seen.update(map(id, values))
         table.add(
             site.name,
             site.role or "",

@@ -19,7 +19,8 @@ from trimtab.core.bank import shapes_only
 from trimtab.core.contracts import Adapter
 from trimtab.core.errors import CheckpointMismatch, NoMatch, ShapeMismatch, TrimtabError, Unsupported, nearest, raise_all
 from trimtab.core.files import sync
-from trimtab.core.kinds import module_site, site_for
+from trimtab.core.kinds import site_for
+from trimtab.core.places import module_site
 from trimtab.core.registry import config_from_dict, config_to_dict
 from trimtab.core.selection import Place
 from trimtab.core.site import Cohort, Rows, Site
@@ -223,6 +224,8 @@ def place_entry(adapter: Adapter) -> dict[str, Any]:
     if site.part is not None:
         rows = site.rows
         entry |= {"part": site.part, "rows": [rows.start, rows.size, rows.blocks, rows.stride]}
+    if site.source_path is not None:
+        entry["source"] = site.source_path
     scale = getattr(adapter.config, "scale", None)
     if scale is not None:
         entry["scale"] = scale
@@ -315,8 +318,12 @@ def site_of(root: nn.Module, entry: dict[str, Any]) -> Site:
     path, tensor = entry["path"], entry["tensor"]
     module = find_module(root, path)
     rows = Rows(*entry["rows"]) if "rows" in entry else None
-    known = {key: entry.get(key) for key in ("part", "role", "block")}
-    place = Place(path=path, module=module, tensor=tensor or None, rows=rows, **known)
+    source = entry.get("source")
+    known = {key: entry.get(key) for key in ("part", "role", "block", "source")}
+    place = Place(
+        path=path, module=module, tensor=tensor or None, rows=rows, **known,
+        source_module=None if source is None else find_module(root, source),
+    )  # fmt: skip
     if not tensor:
         site = module_site(place, entry["shape"][-1])
     elif module._parameters.get(tensor) is None:
@@ -339,10 +346,11 @@ def fill(adapters: list[Adapter], tensors: dict[str, Tensor], source: str) -> No
     """
     problems: list[TrimtabError] = []
     used: set[str] = set()
-    shared: dict[int, Tensor] = {}
+    shared: dict[tuple, Tensor] = {}
     for adapter in adapters:
         prefix = f"{adapter.site.path}.{adapter.site.slot}."
         values = {}
+        learning = dict(adapter.named_parameters(remove_duplicate=False))
         for key, wanted in adapter.state_dict().items():
             found = tensors.get(prefix + key)
             used.add(prefix + key)
@@ -353,8 +361,12 @@ def fill(adapters: list[Adapter], tensors: dict[str, Tensor], source: str) -> No
                     ShapeMismatch(f"{prefix + key} is {tuple(found.shape)} in {source}, {tuple(wanted.shape)} is needed")
                 )
             else:
-                # one storage stays one storage
-                values[key] = shared.setdefault(id(found), found.to(adapter.site.device))
+                # one storage stays one storage, and one parameter stays one
+                mark = id(found), adapter.site.device, key in learning
+                if mark not in shared:
+                    found = found.to(adapter.site.device)
+                    shared[mark] = nn.Parameter(found, requires_grad=False) if key in learning else found
+                values[key] = shared[mark]
         if not problems:
             adapter.load_state_dict(values, strict=True, assign=True)
             adapter.rebuild()

@@ -21,13 +21,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from trimtab.core.errors import ShapeMismatch
 from trimtab.core.site import Operation, Site
+
+if TYPE_CHECKING:
+    from trimtab.core.anatomy import Anatomy
 
 __all__ = ["ActivationAdapter", "Adapter", "MethodConfig", "Reparameterization", "Selection", "Span", "TokenAdapter"]
 
@@ -125,6 +128,16 @@ class Adapter(nn.Module):
     def wants(cls, config: MethodConfig) -> str | None:
         """What must be measured on sample data before it starts: ``"gradient"``, ``"activation"``, or nothing."""
         return "gradient" if cls.needs_gradient else None
+
+    @classmethod
+    def places(cls, config: MethodConfig, anatomy: Anatomy) -> str:
+        """Where the method acts if the user names no targets; override where an option or the model decides it."""
+        return cls.targets
+
+    @classmethod
+    def needs(cls, config: MethodConfig) -> tuple[str, ...]:
+        """Names of adapters that must be on the model, at the same places, before it."""
+        return ()
 
     @classmethod
     def identity(cls, config: MethodConfig) -> bool:
@@ -263,18 +276,61 @@ class Selection(Reparameterization):
 
 
 class ActivationAdapter(Adapter):
-    """A small network at a place's output (series) or beside it (parallel).
+    """A small network at a place's output (series), beside it (parallel) or on its input.
 
-    ``forward(x, y)``: ``x`` is the place's first input, ``y`` its output (the first entry of a tuple); returns the new
-    ``y``. If the map is linear in y and acts on a matrix's output, state it as ``weight(W)`` too and set ``merges``.
+    ``forward(x, y)``: ``x`` is what the adapter reads (``reads``), ``y`` the place's output (the first entry of a tuple);
+    returns the new ``y``. The place is a whole module: a Linear, an attention, a feed-forward, a block.
+
+    Law: the module's output is ``forward`` of its input and of what it gave before, and everything else of its output
+    stays; if the map is affine, ``merges`` may say so, and the weight form, which is derived, gives the same output.
+
+    Class attributes:
+        at_input: whether it acts on the place's input, before the module runs: the input becomes ``forward(x, x)``.
     """
 
     kinds = frozenset({"module"})
-    merges: ClassVar[bool] = False
+    at_input: bool = False
+
+    @classmethod
+    def reads(cls, config: MethodConfig) -> str:
+        """What ``x`` is: ``"input"``, the place's first input; ``"output"``, not used, so that any place with the right output
+        serves; ``"residual"``, the input of the norm in front of the attention or feed-forward."""
+        return "input"
+
+    @classmethod
+    def merges(cls, config: MethodConfig, site: Site) -> bool:
+        """Whether ``forward`` is affine in ``x`` and ``y`` together (linear, if ``at_input``) at a matrix's place."""
+        return False
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """The new output of the place, same shape as ``y``."""
         raise NotImplementedError
+
+    def change(self, x: Tensor, y: Tensor) -> Tensor:
+        """``forward(x, y) - y``; override where it can be had without the rounding of that difference."""
+        return self(x, y) - y
+
+    def weight(self, W: Tensor) -> Tensor:
+        """The adapted matrix of a Linear, ``(out, in) -> (out, in)``: ``forward`` on the unit vectors. For what ``merges``."""
+        eye = torch.eye(W.shape[1], dtype=W.dtype, device=W.device)
+        zero = self._shift(W.new_zeros(W.shape[0]))
+        return W @ (self(eye, eye) - zero).t() if self.at_input else (self(eye, W.t()) - zero).t()
+
+    def bias(self, b: Tensor | None) -> Tensor | None:
+        """The adapted bias (out,); ``b`` is None where the Linear has none."""
+        if self.at_input:
+            return b
+        shift = self._shift(self.site_zeros() if b is None else b)
+        return None if b is None and not shift.any() else shift
+
+    def site_zeros(self) -> Tensor:
+        """A bias of zeros, (out,)."""
+        return torch.zeros(self.site.out_features, device=self.site.device, dtype=self.site.adapter_dtype)
+
+    def _shift(self, b: Tensor) -> Tensor:
+        """What an input of zeros gives: (in,) at the input, else (out,)."""
+        x = b.new_zeros(1, self.site.in_features)
+        return self(x, x if self.at_input else b[None])[0]
 
 
 class TokenAdapter(Adapter):

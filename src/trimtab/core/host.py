@@ -7,20 +7,21 @@ the state dict keep the base's own tensor).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import OrderedDict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from trimtab.core.calls import first_of, first_tensor, handed, replace_first, replace_output, thread
 from trimtab.core.contracts import ActivationAdapter, Adapter, TokenAdapter
 from trimtab.core.errors import Unsupported
-from trimtab.core.kinds import PartOperation, Through, bias_site
+from trimtab.core.kinds import PartOperation, Through, bias_site, weight_site
 from trimtab.core.site import Operation, Site, dense
 
 __all__ = [
-    "BiasOf", "Host", "Slots", "adapted_chain", "adapted_class", "dismount", "escape", "mount", "on_tensors", "unescape",
-    "whole_site",
+    "BiasOf", "Host", "Slots", "WeightOf", "adapted_chain", "adapted_class", "dismount", "escape", "feed", "mount", "on_tensors",
+    "unescape", "whole_site",
 ]  # fmt: skip
 
 CHILD = "trimtab"
@@ -42,7 +43,15 @@ def _no_shortcut(module: nn.Module, args: tuple) -> None:
 
 
 class Slots(nn.Module):
-    """One adapter's parameters at one module, a child a slot (``weight``, ``bias``, ``weight_q``)."""
+    """One adapter's parameters at one module, a child a slot (``weight``, ``bias``, ``weight_q``).
+
+    Attributes:
+        feeds: (host, path) of other modules where the adapter reads this module's input, and the path of this module.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.feeds: list[tuple[Host, str]] = []
 
 
 class Host(nn.Module):
@@ -60,7 +69,11 @@ class Host(nn.Module):
         self.whole: list[Adapter] = []
         self.parts: list[list[Adapter]] = []
         self.tensors: dict[str, list[list[Adapter]]] = {}
+        self.inputs: list[ActivationAdapter] = []
         self.outputs: list[ActivationAdapter] = []
+        self.feeds: list[tuple[Host, str]] = []
+        #: (path of another module, thread) -> its input and output in the forward that is running
+        self.fed: dict[tuple[str, int], tuple[Tensor, Any]] = {}
         self.tokens: list[TokenAdapter] = []
         self.route: Any = None
         self.scale: Tensor | None = None
@@ -76,11 +89,16 @@ class Host(nn.Module):
 
     def put(self, name: str, slot: str, adapter: Adapter) -> None:
         """Add an adapter under ``name`` (the module tables are written directly: any name is allowed, "forward" too)."""
-        self._modules.setdefault(escape(name), Slots())._modules[slot] = adapter
+        self.slots(name)._modules[slot] = adapter
+
+    def slots(self, name: str) -> Slots:
+        """The child for what is called ``name``, made if there is none."""
+        return self._modules.setdefault(escape(name), Slots())
 
     def refresh(self, active: tuple[str, ...]) -> None:
         """Recompute what acts: O(adapters that act here)."""
-        self.whole, self.outputs, self.tokens = [], [], []
+        self.whole, self.inputs, self.outputs, self.tokens = [], [], [], []
+        self.feeds = self.feeds_of(active)
         parts: dict[str, list[Adapter]] = {}
         tensors: dict[str, dict[str | None, list[Adapter]]] = {}
         for name in active:
@@ -89,7 +107,7 @@ class Host(nn.Module):
                 if isinstance(adapter, TokenAdapter):
                     self.tokens.append(adapter)
                 elif isinstance(adapter, ActivationAdapter):
-                    self.outputs.append(adapter)
+                    (self.inputs if adapter.at_input else self.outputs).append(adapter)
                 elif site.substitutes:
                     for each in on_tensors(adapter):
                         tensors.setdefault(each.site.tensor, {}).setdefault(each.site.part, []).append(each)
@@ -100,31 +118,57 @@ class Host(nn.Module):
         self.parts = list(parts.values())
         self.tensors = {tensor: list(chains.values()) for tensor, chains in tensors.items()}
 
+    def feeds_of(self, names: tuple[str, ...]) -> list[tuple[Host, str]]:
+        """Hosts where the adapters ``names`` read this module's input."""
+        slots = [self._modules[escape(name)] for name in names if escape(name) in self._modules]
+        return list({id(target): (target, path) for each in slots for target, path in each.feeds}.values())
+
     def run(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         """The adapted forward of ``module``."""
-        base = module._trimtab_base.forward
-        if self.route is not None:
-            return self.route.run(self, module, args, kwargs)
-        if not (self.whole or self.parts or self.outputs or self.tokens):
-            return base(module, *args, **kwargs)
-        y = self.adapted(module, args, kwargs)
-        if self.scale is not None and (torch.compiler.is_compiling() or self.damped):
-            plain = _first(base(module, *args, **kwargs))
-            return _replace_output(y, lambda full: torch.lerp(plain, full, _rows(self.scale, full)))
+        feeds = self.feeds if self.route is None else self.route.feeds
+        if not feeds:
+            return self._run(module, args, kwargs) if self.route is None else self.route.run(self, module, args, kwargs)
+        y = self._run(module, args, kwargs) if self.route is None else self.route.run(self, module, args, kwargs)
+        for target, path in feeds:
+            target.fed[path, thread()] = first_of(args, kwargs), y
         return y
 
-    def adapted(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
-        """The forward with all that acts, at its full scale."""
+    def take(self, outputs: list[ActivationAdapter], x: Tensor, given: Tensor) -> list[Tensor]:
+        """What each of ``outputs`` reads: ``x``, the module's input, or another module's input in this forward.
+
+        Args:
+            given: the module's input before adapters changed it.
+        """
+        if not self.fed and not any(output.site.source_path for output in outputs):
+            return [x] * len(outputs)
+        key = thread()
+        fed = {path: self.fed.pop((path, key)) for path in {path for path, k in self.fed if k == key}}
+        return [x if output.site.source_path is None else handed(output, fed, given) for output in outputs]
+
+    def _run(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         base = module._trimtab_base.forward
+        inner = self.whole or self.parts or self.inputs or self.tokens
+        if not (inner or self.outputs):
+            return base(module, *args, **kwargs)
+        damped = self.scale is not None and (torch.compiler.is_compiling() or self.damped)
+        given = first_of(args, kwargs)
+        x, y = self._inner(module, args, kwargs) if inner else (given, base(module, *args, **kwargs))
+        plain = first_tensor(base(module, *args, **kwargs) if inner else y) if damped else None
+        for output, read in zip(self.outputs, self.take(self.outputs, x, given), strict=True):
+            y = replace_output(y, lambda first, output=output, read=read: output(read, first))
+        return y if plain is None else replace_output(y, lambda full: torch.lerp(plain, full, _rows(self.scale, full)))
+
+    def _inner(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[Tensor, Any]:
+        """The module's first input after what acts on it, and its output before what acts on that."""
         for token in self.tokens:
-            args, kwargs = _replace_first(args, kwargs, token.insert)
-        x = args[0] if args else next(iter(kwargs.values()))
-        y = self.contract(x) if self.whole or self.parts else base(module, *args, **kwargs)
+            args, kwargs = replace_first(args, kwargs, token.insert)
+        for adapter in self.inputs:
+            args, kwargs = replace_first(args, kwargs, lambda x, adapter=adapter: adapter(x, x))
+        x = first_of(args, kwargs)
+        y = self.contract(x) if self.whole or self.parts else module._trimtab_base.forward(module, *args, **kwargs)
         for token in reversed(self.tokens):
-            y = _replace_output(y, token.remove)
-        for output in self.outputs:
-            y = _replace_output(y, lambda first, output=output: output(x, first))
-        return y
+            y = replace_output(y, token.remove)
+        return x, y
 
     def contract(self, x: Tensor) -> Tensor:
         """The module's matrix operation with the acting adapters in order: ``W' = a_n(... a_1(W))``."""
@@ -153,12 +197,24 @@ class Host(nn.Module):
         return value.to(site.dtype) if stored is None else value.reshape(stored.shape).to(stored.dtype)
 
 
+class WeightOf:
+    """An affine adapter on a Linear's activations as it acts on the matrix."""
+
+    #: acts after whatever changes the matrix itself
+    outer = True
+
+    def __init__(self, adapter: ActivationAdapter, site: Site):
+        self.adapter, self.config, self.site = adapter, adapter.config, site
+        self.weight = adapter.weight
+
+
 class BiasOf:
     """An adapter as it acts on its module's bias: ``weight`` is its ``bias``, on the place of the bias."""
 
     def __init__(self, adapter: Adapter):
         self.adapter, self.config = adapter, adapter.config
         self.site = bias_site(adapter.site)
+        self.outer = isinstance(adapter, ActivationAdapter)
 
     def weight(self, b: Tensor) -> Tensor:
         """The adapted bias (out,); ``b`` is zero where the base has none."""
@@ -167,8 +223,17 @@ class BiasOf:
         return b if new is None else new
 
 
-def on_tensors(adapter: Adapter) -> list[Adapter | BiasOf]:
-    """The adapter, and itself once more as it acts on the bias if it does."""
+def on_tensors(adapter: Adapter) -> list[Adapter | BiasOf | WeightOf]:
+    """The adapter as it acts on tensors: itself, and once more on the bias if it does; nothing if it acts on activations alone."""
+    if isinstance(adapter, TokenAdapter):
+        return []
+    if isinstance(adapter, ActivationAdapter):
+        site = weight_site(adapter.site)
+        if site is None or adapter.site.source is not None or not adapter.merges(adapter.config, adapter.site):
+            return []
+        with torch.no_grad():
+            moved = site.bias is not None or adapter.bias(None) is not None
+        return [WeightOf(adapter, site), BiasOf(adapter)] if moved and site.carries_bias else [WeightOf(adapter, site)]
     return [adapter, BiasOf(adapter)] if getattr(adapter, "rebias", False) and adapter.site.carries_bias else [adapter]
 
 
@@ -181,7 +246,8 @@ def whole_site(adapter: Adapter) -> Operation:
 
 
 def adapted_chain(site: Site, chains: list[list[Adapter]], *, dtype: torch.dtype | None = None) -> Tensor:
-    """The whole tensor behind ``site`` after the chains, dense, in the contraction's layout; whole chains before parts.
+    """The whole tensor behind ``site`` after the chains, dense, in the contraction's layout; whole chains before parts, what acts
+    on the output last.
 
     Args:
         dtype: compute in this dtype; None: the base's.
@@ -193,7 +259,7 @@ def adapted_chain(site: Site, chains: list[list[Adapter]], *, dtype: torch.dtype
     else:
         value = site.matrix(dense(stored, site.module))
     value = value if dtype is None else value.to(dtype)
-    for chain in sorted(chains, key=lambda chain: chain[0].site.part is not None):
+    for chain in sorted(chains, key=lambda chain: (getattr(chain[0], "outer", False), chain[0].site.part is not None)):
         here = chain[0].site
         part = here.take(value)
         for adapter in chain:
@@ -222,31 +288,6 @@ def _alone(scale: Tensor, value: Tensor, site: Site) -> Tensor:
     return scale.to(value.dtype)
 
 
-def _replace_first(args: tuple, kwargs: dict, change: Callable[[Tensor], Tensor]) -> tuple[tuple, dict]:
-    """The call's arguments with its first input changed."""
-    if args:
-        return (change(args[0]), *args[1:]), kwargs
-    key = next(iter(kwargs))
-    return args, {**kwargs, key: change(kwargs[key])}
-
-
-def _first(y: Any) -> Tensor:
-    """A module's output, or its first tensor."""
-    return y if isinstance(y, Tensor) else y[0] if isinstance(y, tuple) else next(iter(y.values()))
-
-
-def _replace_output(y: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A module's output with its first tensor changed: a tensor, a tuple, or a model output with named fields."""
-    if isinstance(y, Tensor):
-        return change(y)
-    if isinstance(y, tuple):
-        rest = (change(y[0]), *y[1:])
-        return type(y)(*rest) if hasattr(y, "_fields") else rest
-    key = next(iter(y.keys()))
-    y[key] = change(y[key])
-    return y
-
-
 def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return self._modules[CHILD].run(self, args, kwargs)
 
@@ -269,6 +310,24 @@ def _revive(base: type, tensors: frozenset[str]) -> nn.Module:
     return cls.__new__(cls)
 
 
+class _Sequence:
+    """What an adapted nn.Sequential shows of its children: those that it runs, not its host."""
+
+    def _shown(self) -> dict[str, nn.Module]:
+        return {name: module for name, module in self._modules.items() if name != CHILD}
+
+    def __iter__(self) -> Any:
+        return iter(list(self._shown().values()))
+
+    def __len__(self) -> int:
+        return len(self._shown())
+
+    def __getitem__(self, index: Any) -> nn.Module:
+        if isinstance(index, slice):
+            return nn.Sequential(OrderedDict(list(self._shown().items())[index]))
+        return list(self._shown().values())[index]
+
+
 def adapted_class(base: type, tensors: frozenset[str]) -> type:
     """The subclass of ``base`` that runs a host; cached, so that equal places have equal classes."""
     key = (base, tensors)
@@ -283,16 +342,29 @@ def adapted_class(base: type, tensors: frozenset[str]) -> type:
             "__reduce_ex__": _reduce_ex,
         }
         body.update({tensor: _property(tensor) for tensor in tensors})
-        _CLASSES[key] = type(base.__name__, (base,), body)
+        bases = (_Sequence, base) if issubclass(base, nn.Sequential) else (base,)
+        _CLASSES[key] = type(base.__name__, bases, body)
     return _CLASSES[key]
 
 
 def mount(module: nn.Module, name: str, adapter: Adapter) -> Host:
     """Put ``adapter`` beneath ``module``; the module's class becomes (or stays) an adapted one."""
+    tensors = frozenset(each.site.tensor for each in on_tensors(adapter)) if adapter.site.substitutes else frozenset()
+    host = _hosted(module, tensors)
+    host.put(name, adapter.site.slot, adapter)
+    return host
+
+
+def feed(source: nn.Module, name: str, adapter: Adapter) -> None:
+    """Let ``adapter``, mounted already, read ``source``'s input."""
+    slots = _hosted(source, frozenset()).slots(name)
+    slots.feeds.append((adapter.site.module._modules[CHILD], adapter.site.source_path))
+
+
+def _hosted(module: nn.Module, tensors: frozenset[str]) -> Host:
+    """The host beneath ``module``, made if there is none, its class replacing ``tensors`` among others."""
     base = getattr(type(module), "_trimtab_base", type(module))
-    tensors = getattr(type(module), "_trimtab_tensors", frozenset())
-    if adapter.site.substitutes:
-        tensors = tensors | {each.site.tensor for each in on_tensors(adapter)}
+    tensors = getattr(type(module), "_trimtab_tensors", frozenset()) | tensors
     host = module._modules.get(CHILD)
     if host is None:
         host = Host()
@@ -300,7 +372,6 @@ def mount(module: nn.Module, name: str, adapter: Adapter) -> Host:
         module._modules[CHILD] = host
     module.__class__ = adapted_class(base, tensors)
     _rebind_saved_forward(module)
-    host.put(name, adapter.site.slot, adapter)
     return host
 
 

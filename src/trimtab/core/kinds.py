@@ -1,22 +1,20 @@
-"""The kinds of site, one class each, and how a module declares its own (``sites_of``)."""
+"""The kinds of site, one class each, and which one a module's parameter is (``site_for``)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trimtab.core.errors import Unsupported
 from trimtab.core.site import Operation, Site, base_class, dense, is_quantised, linear
 
 if TYPE_CHECKING:
     from trimtab.core.contracts import Adapter
     from trimtab.core.selection import Place
 
-__all__ = ["PartOperation", "Through", "linear_forward_kind", "site_for", "sites_of"]
+__all__ = ["ModuleSite", "PartOperation", "Through", "bias_site", "linear_forward_kind", "site_for", "weight_site"]
 
 _CONV_DIMS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 
@@ -189,6 +187,15 @@ def bias_site(site: Site) -> VectorSite:
     return VectorSite(**same, tensor="bias", shape=(out,))
 
 
+def weight_site(site: Site) -> LinearSite | None:
+    """The place of the matrix of ``site``'s module, if that is a Linear (or Conv1D) whose forward is the known one."""
+    module = site.module
+    if module._parameters.get("weight") is None or linear_forward_kind(module, "weight") is not LinearSite:
+        return None
+    same = {name: getattr(site, name) for name in ("module", "path", "role", "block", "device", "dtype", "shape")}
+    return LinearSite(**same, tensor="weight")
+
+
 class ModuleSite(Site):
     """A whole module, for adapters on activations and tokens; ``shape`` is ``(out, in)`` of its activations."""
 
@@ -309,72 +316,3 @@ def _shape(site: Site, module: nn.Module, stored: Tensor) -> tuple[int, ...]:
     if site.rows is not None:
         shape[site.row_axis] = site.rows.count
     return tuple(shape)
-
-
-def module_site(place: Place, width: int | None) -> Site:
-    """The site of a whole module; its activations' sizes from its matrix, else from the model's width."""
-    module = place.module
-    if place.part is not None:
-        raise Unsupported(
-            f"{place.role} is rows of the fused layer {place.path}, and this method acts on a whole layer's activations; "
-            f"target the layer itself, {place.path!r}"
-        )
-    first = next(module.parameters(), None)
-    out, fan_in = getattr(module, "out_features", width), getattr(module, "in_features", width)
-    if out is None or fan_in is None:
-        raise Unsupported(f"the width of {place.path}'s activations cannot be inferred; target a Linear or a block")
-    return ModuleSite(
-        module=module,
-        path=place.path,
-        tensor="",
-        shape=(out, fan_in),
-        role=place.role,
-        block=place.block,
-        device=torch.device("cpu") if first is None else first.device,
-        dtype=torch.float32 if first is None or not first.is_floating_point() else first.dtype,
-    )
-
-
-def sites_of(place: Place, cls: type[Adapter], *, width: int | None = None) -> list[Site]:
-    """The sites that a method of class ``cls`` has at ``place``: its matrix, the named tensors, or all parameters.
-
-    Raises:
-        Unsupported: the place has nothing that the method acts on.
-    """
-    if cls.kinds == frozenset({"module"}):
-        return [module_site(place, width)]
-    found = list(_sites(place, cls))
-    bad = [site for site in found if site.kind not in cls.kinds]
-    if bad:
-        raise Unsupported(f"{cls.__name__} acts on {', '.join(sorted(cls.kinds))} places; {bad[0].name} is of kind {bad[0].kind}")
-    return found
-
-
-def _sites(place: Place, cls: type[Adapter]) -> Iterator[Site]:
-    if place.tensor is not None:
-        yield site_for(place, place.tensor)
-    elif cls.tensors is not None:
-        for tensor in cls.tensors:
-            if place.module._parameters.get(tensor) is not None:
-                yield site_for(place, tensor)
-    elif place.module._parameters.get("weight") is not None and "vector" not in cls.kinds:
-        yield site_for(place, "weight")
-    elif place.rows is not None:
-        for tensor in ("weight", "bias", "in_proj_weight", "in_proj_bias"):
-            if place.module._parameters.get(tensor) is not None:
-                yield site_for(place, tensor)
-    else:
-        yield from _all_parameters(place, lambda sub, tensor: site_for(sub, tensor))
-
-
-def _all_parameters(place: Place, make: Callable[[Place, str], Site]) -> Iterator[Site]:
-    """Every parameter of the module and below it, adapters left out."""
-    from dataclasses import replace
-
-    for name, module in place.module.named_modules():
-        if "trimtab" in name.split("."):
-            continue
-        path = ".".join(filter(None, (place.path, name)))
-        for tensor, value in module._parameters.items():
-            if value is not None:
-                yield make(replace(place, path=path, module=module), tensor)

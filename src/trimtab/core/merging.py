@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from trimtab.core.contracts import ActivationAdapter, Adapter, TokenAdapter
+from trimtab.core.contracts import Adapter
 from trimtab.core.errors import NotMergeable, TrimtabError, raise_all
-from trimtab.core.host import BiasOf, adapted_chain, on_tensors
+from trimtab.core.host import BiasOf, WeightOf, adapted_chain, on_tensors
 from trimtab.core.site import Site, dense, is_quantised
-from trimtab.core.state import Group, ModelState, adapter_group, parameter_users, state_of, unwrap
+from trimtab.core.state import Group, ModelState, adapter_group, dependants, parameter_users, state_of, unwrap
 from trimtab.core.table import Table
 
 __all__ = ["INTO", "Target", "accumulate", "check_target", "merge", "report_table", "unmerge"]
@@ -29,7 +29,7 @@ class Target:
     """One base parameter that a merge will write."""
 
     site: Site
-    chains: list[list[Adapter | BiasOf]]
+    chains: list[list[Adapter | BiasOf | WeightOf]]
 
     @property
     def key(self) -> tuple[int, str]:
@@ -67,6 +67,8 @@ def merge(
     root = unwrap(model)
     state = state_of(root)
     group = adapter_group(state, name)
+    if others := dependants(state, name):
+        raise NotMergeable(f"{others[0]!r} needs {name!r} beside the weights; tt.detach(model, {others[0]!r}) first")
     targets = _targets(state, group, into)
     ties = _ties(root, targets)
     _refuse(root, group, targets, ties, untie)
@@ -130,16 +132,12 @@ def _targets(state: ModelState, group: Group, into: str | None) -> list[Target]:
     found: dict[tuple[int, str], Target] = {}
     problems: list[TrimtabError] = []
     for adapter in group.adapters:
-        site = adapter.site
-        if isinstance(adapter, TokenAdapter) or (isinstance(adapter, ActivationAdapter) and not adapter.merges):
-            problems.append(
-                NotMergeable(
-                    f"{type(adapter.config).__name__} at {site.path} acts on activations and has no weight form; serve it attached"
-                )
-            )
-            continue
-        for each in on_tensors(adapter):
-            target = found.setdefault((id(site.module), each.site.tensor), Target(each.site, []))
+        tensors = on_tensors(adapter)
+        if not tensors:
+            kind, path = type(adapter.config).__name__, adapter.site.path
+            problems.append(NotMergeable(f"{kind} at {path} acts on activations and has no weight form; serve it attached"))
+        for each in tensors:
+            target = found.setdefault((id(each.site.module), each.site.tensor), Target(each.site, []))
             target.chains.append([each])
     raise_all(problems)
     return list(found.values())

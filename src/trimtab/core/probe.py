@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trimtab.core import registry
-from trimtab.core.activation import parameters, routed
+from trimtab.core.activation import activate, parameters, routed
 from trimtab.core.attach import attach
+from trimtab.core.contracts import ActivationAdapter, MethodConfig
 from trimtab.core.errors import TrimtabError
 from trimtab.core.merging import merge, unmerge
 from trimtab.core.table import Table
@@ -23,9 +25,10 @@ Try = Callable[[registry.MethodEntry], bool]
 def methods(*, probe: bool = True) -> Table:
     """One row a registered method: source, default targets, and what it can do, tried on small models.
 
-    Columns ``linear`` to ``experts`` say whether the method trains at that kind of place, ``merges`` whether a merge keeps
-    the output, ``routes`` whether rows of a batch can have different adapters, ``identity`` whether it starts at the base,
-    ``needs W`` whether its fast path reads the dense weight (so that a quantised base is dequantised each step).
+    Columns ``linear`` to ``experts`` say whether the method trains at that kind of place, ``branch`` whether it acts on a whole
+    attention or feed-forward, ``merges`` whether a merge keeps the output, ``routes`` whether rows of a batch can have different
+    adapters, ``identity`` whether it starts at the base, ``needs W`` whether its fast path reads the dense weight (so that a
+    quantised base is dequantised each step).
 
     Args:
         probe: False leaves the tried columns out; the table is then immediate.
@@ -38,6 +41,7 @@ def methods(*, probe: bool = True) -> Table:
             "embedding": _on(_embedding),
             "packed": _on(_packed),
             "experts": _on(_experts),
+            "branch": _branch,
             "bf16": _bf16,
             "merges": _merges,
             "routes": _routes,
@@ -82,7 +86,7 @@ class _Attention(nn.Module):
 
 
 def _linear() -> tuple[nn.Module, Tensor]:
-    return nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)), torch.randn(2, 3, 8)
+    return nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)), torch.randn(2, 4, 8)
 
 
 def _conv() -> tuple[nn.Module, Tensor]:
@@ -90,15 +94,15 @@ def _conv() -> tuple[nn.Module, Tensor]:
 
 
 def _embedding() -> tuple[nn.Module, Tensor]:
-    return nn.Sequential(nn.Embedding(8, 8)), torch.randint(0, 8, (2, 3))
+    return nn.Sequential(nn.Embedding(8, 8)), torch.randint(0, 8, (2, 4))
 
 
 def _packed() -> tuple[nn.Module, Tensor]:
-    return _Attention(), torch.randn(2, 3, 8)
+    return _Attention(), torch.randn(2, 4, 8)
 
 
 def _experts() -> tuple[nn.Module, Tensor]:
-    return nn.Sequential(_Experts()), torch.randn(2, 3, 8)
+    return nn.Sequential(_Experts()), torch.randn(2, 4, 8)
 
 
 def _attached(
@@ -117,12 +121,22 @@ def _attached(
     own = entry.adapter.tensors is not None
     # the first child, or whatever the method's own default finds in it
     targets = None if own else (lambda path, module: "." not in path and path != "" and not isinstance(module, nn.LayerNorm))
+    _prepare(model, config, targets)
     for name in names:
         attach(model, config, targets=targets, name=name, loss=lambda m: m(x).float().pow(2).sum())
         with torch.no_grad():
             for p in parameters(model, name):
                 p.add_(torch.randn_like(p) * 0.05 * moved)
     return model, x
+
+
+def _prepare(model: nn.Module, config: MethodConfig, targets: Any) -> None:
+    """Put on, inactive, the adapters that the method needs beside it."""
+    needs = config.adapter_class.needs(config)
+    for name in needs:
+        attach(model, registry.get("SeriesAdapter")(bottleneck=2, init="bert"), targets=targets, name=name, trainable=False)
+    if needs:
+        activate(model)
 
 
 def _on(build: Callable[[], tuple[nn.Module, Tensor]]) -> Try:
@@ -132,6 +146,18 @@ def _on(build: Callable[[], tuple[nn.Module, Tensor]]) -> Try:
         return all(p.grad is not None and bool(torch.isfinite(p.grad).all()) for p in parameters(model))
 
     return trains
+
+
+def _branch(entry: registry.MethodEntry) -> bool:
+    if not issubclass(entry.adapter, ActivationAdapter):
+        return False
+    layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True, norm_first=True)
+    model = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+    config = entry.config(**(entry.tests[0] if entry.tests else {}))
+    _prepare(model, config, "mlp")
+    attach(model, config, targets="mlp")
+    model(torch.randn(2, 4, 8)).pow(2).sum().backward()
+    return all(p.grad is not None for p in parameters(model))
 
 
 def _bf16(entry: registry.MethodEntry) -> bool:

@@ -7,13 +7,16 @@ operations depends on the number of families in the batch, not on the number of 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from trimtab.core.calls import first_of, replace_first, replace_output
 from trimtab.core.contracts import ActivationAdapter, Adapter
 from trimtab.core.errors import Unsupported
 from trimtab.core.host import Host
@@ -25,17 +28,42 @@ Chain = tuple[Adapter, ...]
 
 
 class _Run(nn.Module):
-    """A row's adapters as a forward, so that ``functional_call`` can give them a row's parameters."""
+    """A row's adapters, so that ``functional_call`` can give them a row's parameters."""
 
-    def __init__(self, template: Host, module: nn.Module):
+    def __init__(self, template: Host):
         super().__init__()
-        self.chain = nn.ModuleList([*template.whole, *(a for part in template.parts for a in part), *template.outputs])
-        # plain attributes: the host and the base module stay out of this module's tree
+        parts = (a for part in template.parts for a in part)
+        self.chain = nn.ModuleList([*template.whole, *parts, *template.inputs, *template.outputs])
+        # a plain attribute: the host stays out of this module's tree
         object.__setattr__(self, "template", template)
-        object.__setattr__(self, "module", module)
 
-    def forward(self, args: tuple, kwargs: dict) -> Tensor:
-        return self.template.run(self.module, args, kwargs)
+    def forward(self, step: Step, *tensors: Tensor) -> Tensor:
+        return step.run(self.template, *tensors)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One of the things that happen at a module: what a row goes through, and whether a host has anything to do there."""
+
+    run: Callable[..., Tensor]
+    acts: Callable[[Host], bool]
+
+
+def _inputs(host: Host, x: Tensor) -> Tensor:
+    for adapter in host.inputs:
+        x = adapter(x, x)
+    return x
+
+
+def _outputs(host: Host, y: Tensor, *reads: Tensor, sources: Sequence[str | None]) -> Tensor:
+    """``reads``: what the adapters read, by ``sources``."""
+    for adapter in host.outputs:
+        y = adapter(reads[sources.index(adapter.site.source_path)], y)
+    return y
+
+
+INPUTS = Step(_inputs, lambda host: bool(host.inputs))
+MATRIX = Step(lambda host, x: host.contract(x), lambda host: bool(host.whole or host.parts))
 
 
 @dataclass
@@ -54,42 +82,74 @@ class Family:
     index: Tensor | None = None
     stacked: dict[str, Tensor] = field(default_factory=dict)
 
+    def acts(self, step: Step) -> bool:
+        """Whether its rows take part in ``step``."""
+        return self.run is not None and step.acts(self.run.template)
+
 
 @dataclass
 class Route:
-    """How one module treats the batch's rows."""
+    """How one module treats the batch's rows.
+
+    Attributes:
+        count: number of rows.
+        families: rows by their adapters.
+        order: row number -> position in the families' rows.
+        readers: adapters on the module's output, one for every module that some of them read.
+        feeds: hosts where adapters of some row read this module's input.
+    """
 
     count: int
     families: list[Family]
     order: Tensor
+    readers: list[ActivationAdapter]
+    feeds: list[tuple[Host, str]]
 
     def run(self, host: Host, module: nn.Module, args: tuple, kwargs: dict) -> Any:
-        """The module's output, each row through its own adapters."""
+        """The module's output, each row through its own adapters.
+
+        Matrices are adapted row by row. A module whose activations alone are adapted runs once, on the whole batch: its other
+        arguments (masks, positions) may have rows too.
+        """
         base = module._trimtab_base.forward
-        if len(self.families) == 1 and self.families[0].run is None:
+        if all(family.run is None for family in self.families):
             return base(module, *args, **kwargs)
-        x = args[0] if args else next(iter(kwargs.values()))
-        per_row = self._per_row(x, module)
-        grouped = x.reshape(self.count, per_row, *x.shape[1:])  # (rows, items of a row, ...)
-        rest, keys = args[1:], list(kwargs)
+        given = first_of(args, kwargs)
+        if self._any(INPUTS):
+            args, kwargs = replace_first(args, kwargs, lambda x: self._each(INPUTS, lambda rows: rows, module, x))
+        if self._any(MATRIX):
+            rest, keys = args[1:], list(kwargs)
+            call = lambda x: base(module, x, *rest, **kwargs) if args else base(module, **{**kwargs, keys[0]: x})  # noqa: E731
+            y = self._each(MATRIX, call, module, first_of(args, kwargs))
+        else:
+            y = base(module, *args, **kwargs)
+        if not self.readers:
+            return y
+        sources = [adapter.site.source_path for adapter in self.readers]
+        outputs = Step(partial(_outputs, sources=sources), lambda host: bool(host.outputs))
+        reads = host.take(self.readers, first_of(args, kwargs), given)
+        return replace_output(y, lambda first: self._each(outputs, lambda rows: rows, module, first, *reads))
+
+    def _any(self, step: Step) -> bool:
+        return any(family.acts(step) for family in self.families)
+
+    def _each(self, step: Step, base: Callable[[Tensor], Tensor], module: nn.Module, *tensors: Tensor) -> Tensor:
+        """``step`` on every row, by families; ``base`` of the first tensor for rows that do not take part in it."""
+        grouped = [t.reshape(self.count, self._per_row(t, module), *t.shape[1:]) for t in tensors]  # (rows, items of a row, ...)
         parts = []
         for family in self.families:
-            xs = grouped.index_select(0, family.rows)
-            if family.run is None:
-                flat = xs.flatten(0, 1)
-                call = ((flat, *rest), kwargs) if args else ((), {**kwargs, keys[0]: flat})
-                y = base(module, *call[0], **call[1])
-                parts.append(y.reshape(xs.shape[0], per_row, *y.shape[1:]))
+            mine = [t.index_select(0, family.rows) for t in grouped]
+            if not family.acts(step):
+                y = base(mine[0].flatten(0, 1))
+                parts.append(y.reshape(*mine[0].shape[:2], *y.shape[1:]))
                 continue
-            tensors = {key: value.index_select(0, family.index) for key, value in family.stacked.items()}
+            params = {key: value.index_select(0, family.index) for key, value in family.stacked.items()}
 
-            def one(row_tensors: dict[str, Tensor], row: Tensor, family: Family = family) -> Tensor:
-                call = ((row, *rest), kwargs) if args else ((), {**kwargs, keys[0]: row})
-                return functional_call(family.run, row_tensors, call)
+            def one(params: dict[str, Tensor], *row: Tensor, run: _Run = family.run) -> Tensor:
+                return functional_call(run, params, (step, *row))
 
-            parts.append(torch.vmap(one, randomness="different")(tensors, xs))
-        y = torch.cat(parts).index_select(0, self.order)
-        return y.flatten(0, 1)
+            parts.append(torch.vmap(one, randomness="different")(params, *mine))
+        return torch.cat(parts).index_select(0, self.order).flatten(0, 1)
 
     def _per_row(self, x: Tensor, module: nn.Module) -> int:
         """Entries of the first axis that belong to one row: 1, or tokens (windows, beams) if rows were flattened into it."""
@@ -133,11 +193,14 @@ def _route(module: nn.Module, rows: list[tuple[str, ...]]) -> Route:
         family = Family(torch.tensor(numbers, device=device))
         if signature:
             distinct = list(dict.fromkeys(rows[n] for n in numbers))
-            _fill(family, module, [chains[row] for row in distinct])
+            _fill(family, [chains[row] for row in distinct])
             family.index = torch.tensor([distinct.index(rows[n]) for n in numbers], device=device)
         families.append(family)
     order = torch.cat([family.rows for family in families]).argsort()
-    return Route(len(rows), families, order)
+    acting = [a for family in families if family.run is not None for a in family.run.template.outputs]
+    readers = {a.site.source_path: a for a in reversed(acting)}
+    feeds = here.feeds_of(tuple({name for row in rows for name in row}))
+    return Route(len(rows), families, order, list(readers.values()), feeds)
 
 
 def _signature(chain: Chain) -> tuple:
@@ -154,15 +217,16 @@ def _signature(chain: Chain) -> tuple:
             type(a),
             a.config,
             a.site.slot,
+            a.site.source_path,
             tuple((k, v.shape, v.dtype) for k, v in (*a.named_parameters(), *a.named_buffers())),
         )
         for a in chain
     )
 
 
-def _fill(family: Family, module: nn.Module, chains: list[Chain]) -> None:
+def _fill(family: Family, chains: list[Chain]) -> None:
     """Template and stacked parameters of a family from its distinct chains."""
-    runs = [_Run(_template(chain), module) for chain in chains]
+    runs = [_Run(_template(chain)) for chain in chains]
     tensors = [dict((*run.named_parameters(), *run.named_buffers())) for run in runs]
     family.run = runs[0]
     family.stacked = {key: torch.stack([each[key] for each in tensors]) for key in tensors[0]}

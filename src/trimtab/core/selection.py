@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -12,8 +13,9 @@ from trimtab.core import anatomy as anatomy_module
 from trimtab.core.anatomy import Anatomy, is_matrix
 from trimtab.core.errors import NoMatch, TrimtabError, Unsupported, nearest, raise_all
 from trimtab.core.site import Rows
+from trimtab.core.sublayers import SUBLAYERS, Sublayer
 
-__all__ = ["GROUPS", "ROLES", "Place", "describe", "select"]
+__all__ = ["GROUPS", "ROLES", "SUBLAYERS", "Place", "describe", "select"]
 
 ROLES = (
     "attn.q", "attn.k", "attn.v", "attn.o", "attn.qkv", "attn.kv", "mlp.gate", "mlp.up", "mlp.gate_up", "mlp.down",
@@ -40,6 +42,8 @@ class Place:
         part, rows: q, k or v of a fused matrix, and its rows.
         role: the anatomy's name for it.
         block: index of its block.
+        source: path of another module whose first input is read here, for methods on activations; None: the module's own.
+        source_module: that module.
     """
 
     path: str
@@ -49,6 +53,8 @@ class Place:
     rows: Rows | None = None
     role: str | None = None
     block: int | None = None
+    source: str | None = None
+    source_module: nn.Module | None = None
 
     @property
     def key(self) -> tuple[str, str | None, str | None]:
@@ -68,6 +74,7 @@ def select(
     default: str = "linear",
     leaves: Callable[[nn.Module], bool] | None = None,
     containers: bool = False,
+    reads: str | None = None,
 ) -> list[Place]:
     """The places that ``targets`` means, in model order, each once.
 
@@ -80,16 +87,18 @@ def select(
         layers: block indices to stay within.
         leaves: what counts as a place; None: modules with a matrix, packed projections, expert banks.
         containers: take a matched module itself, even if it is no leaf.
+        reads: for methods on activations, which parts of a branch they see: ``"output"``, ``"input"`` or ``"residual"``. The
+            clauses ``attn``, ``cross`` and ``mlp`` then mean whole attentions and feed-forwards, one place each.
 
     Raises:
         NoMatch: clauses that match nothing, all together.
-        Unsupported: a fused matrix is selected both whole and in part.
+        Unsupported: a fused matrix is selected both whole and in part; or what ``reads`` asks for is not known there.
     """
     anatomy = anatomy or anatomy_module.of(model)
     problems: list[TrimtabError] = []
     allowed = _layers(anatomy, layers, problems)
     raise_all(problems)
-    search = _Search(anatomy, leaves, containers, allowed)
+    search = _Search(anatomy, leaves, containers, allowed, reads)
     value = default if targets is None else targets
     found: dict[tuple, Place] = {}
     if callable(value):
@@ -103,6 +112,8 @@ def select(
             if not hits:
                 problems.append(NoMatch(search.explain(clause)))
             found.update({place.key: place for place in hits if place.key not in found})
+    if reads is not None:
+        found = _as_modules(search, found, problems)
     _collisions(found, problems)
     raise_all(problems)
     order = {path: index for index, path in enumerate(anatomy.modules)}
@@ -146,6 +157,7 @@ class _Search:
     leaves: Callable[[nn.Module], bool] | None
     containers: bool
     allowed: set[int] | None
+    reads: str | None = None
 
     def inside(self, path: str) -> bool:
         """Whether the layers' restriction lets ``path`` through."""
@@ -153,6 +165,10 @@ class _Search:
 
     def clause(self, clause: str) -> list[Place]:
         """All places that one clause means."""
+        if self.reads is not None and clause in SUBLAYERS:
+            hits = [self.branch(s) for s in self.anatomy.sublayers if s.role == clause and self.inside(s.where)]
+            if hits:
+                return hits
         if clause in ROLES or clause in GROUPS:
             hits = self.role(clause)
             if hits:
@@ -162,6 +178,17 @@ class _Search:
             paths = self.regex(clause)
         found = [place for path in paths for place in self.at(path)]
         return found or self.named_tensor(clause)
+
+    def branch(self, s: Sublayer) -> Place:
+        """The place of a whole attention or feed-forward: its module, or its output matrix and the module that reads for it."""
+        alone = self.reads == "output" and s.output is not None
+        path = s.output if alone else s.where
+        source = s.reader if self.reads == "input" and s.path is None else None
+        return replace(
+            self.place(path, role=self.anatomy.roles.get(path) if path == s.output != s.path else s.role),
+            source=source,
+            source_module=None if source is None else self.anatomy.modules[source],
+        )
 
     def regex(self, clause: str) -> list[str]:
         try:
@@ -187,6 +214,8 @@ class _Search:
             part = clause.removeprefix("attn.")
             if not self.inside(path):
                 continue
+            if self.reads is not None and clause == "attn.qkv" and isinstance(self.anatomy.modules[path], nn.MultiheadAttention):
+                raise Unsupported(f"{path} packs its projections, whose output nothing shows; target the attention, 'attn'")
             if test(role):
                 places += self.at(path, role=role)
             elif part in parts and clause.startswith("attn."):
@@ -222,15 +251,43 @@ class _Search:
         return is_matrix(module) or isinstance(module, (nn.Embedding, nn.modules.conv._ConvNd))
 
     def hint(self) -> str:
-        return f"; there are: {describe(self.anatomy)}"
+        whole = Counter(s.role for s in self.anatomy.sublayers) if self.reads is not None else {}
+        branches = "".join(f", {role} x {n} (whole)" for role, n in whole.items())
+        return f"; there are: {describe(self.anatomy)}{branches}"
 
     def explain(self, clause: str) -> str:
         """Why a clause matched nothing, and what is near it."""
-        known = [*dict.fromkeys(self.anatomy.roles.values()), *GROUPS, *ROLES]
+        known = [*dict.fromkeys(self.anatomy.roles.values()), *GROUPS, *ROLES, *(SUBLAYERS if self.reads is not None else ())]
         known += list(dict.fromkeys(path.rpartition(".")[2] for path in self.anatomy.roles))
         known += list(self.anatomy.modules)
         where = "" if self.allowed is None else f" in the layers {sorted(self.allowed)}"
         return f"{clause!r} matches no place{where}{nearest(clause, [k for k in dict.fromkeys(known) if k])}{self.hint()}"
+
+
+def _as_modules(search: _Search, found: dict[tuple, Place], problems: list[TrimtabError]) -> dict[tuple, Place]:
+    """Places for methods on activations: modules that are called, and what is read there."""
+    anatomy, result = search.anatomy, {}
+    branches = {s.output: s for s in anatomy.sublayers if s.output} | {s.where: s for s in anatomy.sublayers}
+    for place in found.values():
+        parent = anatomy.modules.get(place.path.rpartition(".")[0])
+        if isinstance(parent, nn.MultiheadAttention):
+            # out_proj's forward is never called: its parent reads the weight past it, and gives its output
+            place = replace(place, path=place.path.rpartition(".")[0], module=parent)
+        s = branches.get(place.path)
+        if place.part is None and (place.role is None or isinstance(place.module, nn.MultiheadAttention)):
+            place = replace(place, role=None if s is None else s.role)
+        if search.reads == "residual":
+            if s is None or s.norm is None:
+                problems.append(
+                    Unsupported(
+                        f"no norm in front of {place.path} is known, before which the residual stream could be read; name an "
+                        "attention or feed-forward of a block with norms in front, or let the adapter read the place's own input"
+                    )
+                )
+                continue
+            place = replace(place, source=s.norm, source_module=anatomy.modules[s.norm])
+        result.setdefault(place.key, place)
+    return result
 
 
 def _collisions(found: dict[tuple, Place], problems: list[TrimtabError]) -> None:

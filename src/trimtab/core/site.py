@@ -193,6 +193,7 @@ class Site(Operation):
         layer: tells methods apart that may stand at one place under one name; ``Adapter.layer`` of its method.
         stored: shapes of the tensors saved for this place, by name, only while a load rebuilds its adapter: for sizes
             that the data chose, and not the config.
+        source: another module whose first input an activation adapter reads here, and its path; None: the module's own input.
     """
 
     module: nn.Module
@@ -212,6 +213,8 @@ class Site(Operation):
     head_size: int | None = None
     layer: str = ""
     stored: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    source: nn.Module | None = None
+    source_path: str | None = None
     kind = "?"
     #: sites of these kinds act by replacing the tensor that the module reads, not by the module's forward
     substitutes = False

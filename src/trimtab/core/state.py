@@ -107,6 +107,15 @@ def adapter_group(state: ModelState, name: str) -> Group:
     return state.groups[name]
 
 
+def dependants(state: ModelState, name: str) -> list[str]:
+    """Names of the adapters that need the adapter ``name``."""
+    return [
+        group.name
+        for group in state.groups.values()
+        if any(name in type(a.config).adapter_class.needs(a.config) for a in group.adapters)
+    ]
+
+
 def parameter_users(root: nn.Module) -> dict[int, list[str]]:
     """``id(parameter)`` -> the names it has in ``root``; a tied tensor has more than one."""
     users: dict[int, list[str]] = {}

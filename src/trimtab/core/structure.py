@@ -7,7 +7,10 @@ from collections.abc import Iterator
 
 from torch import nn
 
-__all__ = ["base_modules", "block_paths", "class_of", "has_matrix", "is_matrix", "is_norm", "leaf", "owners", "qkv_role", "sizes"]
+__all__ = [
+    "ATTENTION", "base_modules", "block_paths", "class_of", "container", "has_matrix", "is_matrix", "is_norm", "leaf", "owners",
+    "qkv_role", "sizes",
+]  # fmt: skip
 
 _QKV = {
     "attn.qkv": r"c_attn|qkv|qkv_proj|wqkv|query_key_value|in_proj|attn_qkv|to_qkv|Wqkv",
@@ -17,6 +20,7 @@ _QKV = {
     "attn.v": r"v|value|v_proj|to_v|wv|v_lin|value_proj|v_linear|value_layer|w_v",
 }
 _QKV_NAMES = {role: re.compile(pattern, re.IGNORECASE) for role, pattern in _QKV.items()}
+ATTENTION = re.compile(r"attn|attention|(^|_)mha($|_)", re.IGNORECASE)
 _NORM = re.compile(r"norm|(^|_)ln(_|\d|$)", re.IGNORECASE)
 
 
@@ -63,7 +67,7 @@ def leaf(path: str) -> str:
 
 def is_norm(path: str, module: nn.Module) -> bool:
     if "Norm" in class_of(module).__name__:
-        return True
+        return not has_matrix(module)  # a branch may be wrapped together with its norm (PreNorm)
     own = [p for p in module._parameters.values() if p is not None]
     return bool(own) and not module._modules and all(p.dim() == 1 for p in own) and bool(_NORM.search(leaf(path)))
 
@@ -73,6 +77,16 @@ def qkv_role(path: str, module: nn.Module) -> str | None:
         return None
     name = leaf(path)
     return next((role for role, pattern in _QKV_NAMES.items() if pattern.fullmatch(name)), None)
+
+
+def container(path: str, block: str) -> str:
+    """The outermost module below the block, on the way to ``path``, that is named as attention; else the direct parent."""
+    names = path.split(".")
+    start = len(block.split(".")) if block else 0
+    for depth in range(start + 1, len(names)):
+        if ATTENTION.search(names[depth - 1]):
+            return ".".join(names[:depth])
+    return ".".join(names[:-1])
 
 
 def _candidates(modules: dict[str, nn.Module]) -> dict[str, list[str]]:

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core import anatomy as anatomy_module
-from trimtab.core.anatomy import HEADS, KV_HEADS, Anatomy, attention_of
+from trimtab.core.anatomy import HEADS, KV_HEADS, Anatomy
 from trimtab.core.errors import TrimtabError, Unsupported, raise_all
 from trimtab.core.kinds import LinearSite, linear_forward_kind
 from trimtab.core.site import is_quantised
 from trimtab.core.state import parameter_users
-from trimtab.core.structure import is_norm, qkv_role, sizes
+from trimtab.core.structure import container, is_norm, qkv_role, sizes
 
 __all__ = ["KINDS", "Member", "Units", "find_units"]
 
@@ -111,7 +111,7 @@ def _attentions(anatomy: Anatomy, index: int) -> Iterator[dict[str, str]]:
     for role, paths in block.roles.items():
         for path in paths if role.startswith("attn.") else ():
             packed = isinstance(anatomy.modules[path], nn.MultiheadAttention)
-            containers.setdefault(path if packed else attention_of(path, block.path), {})[role] = path
+            containers.setdefault(path if packed else container(path, block.path), {})[role] = path
     yield from containers.values()
 
 
@@ -143,8 +143,8 @@ def _heads(anatomy: Anatomy, index: int, roles: dict[str, str]) -> Units:
         wanted = {roles["attn.q"]: (heads * size, None)} | {roles[r]: (kv * size, None) for r in ("attn.k", "attn.v")}
     members.append(Member(o, "in", whole_q))
     _check_sizes(anatomy, wanted | {o: (None, heads * size)}, f"{heads} heads ({kv} of keys and values) of size {size}")
-    holders = {p: anatomy.modules[p] for p in (*(m.path.rpartition(".")[0] for m in members), attention_of(o, block.path))}
-    _check_strangers(anatomy, block.path, attention_of(o, block.path), members, {heads, heads * size} - {size, block.width, 1})
+    holders = {p: anatomy.modules[p] for p in (*(m.path.rpartition(".")[0] for m in members), container(o, block.path))}
+    _check_strangers(anatomy, block.path, container(o, block.path), members, {heads, heads * size} - {size, block.width, 1})
     numbers = list(_head_numbers(holders, block.width, heads, kv, size, units))
     return Units("heads", index, o, units, queries, tuple(members), tuple(numbers))
 
@@ -170,11 +170,11 @@ def _head_numbers(
                 yield module, name, size
 
 
-def _check_strangers(anatomy: Anatomy, block: str, container: str, members: list[Member], widths: set[int]) -> None:
+def _check_strangers(anatomy: Anatomy, block: str, home: str, members: list[Member], widths: set[int]) -> None:
     """Refuse other parameters that count heads or channels: a norm over all heads, a position table with a column a head."""
     mine = {m.path for m in members}
     for path, module in anatomy.modules.items():
-        if path in mine or not (path == container or path.startswith(f"{container}.")):
+        if path in mine or not (path == home or path.startswith(f"{home}.")):
             continue
         parent = anatomy.modules.get(path.rpartition(".")[0])
         beside_qkv = parent is not None and any(qkv_role(n, c) for n, c in parent._modules.items() if c is not None)

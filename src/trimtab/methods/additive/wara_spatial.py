@@ -176,6 +176,12 @@ class WaRASpatialAdapter(ActivationAdapter):
 class TinyWaRAAdapter(WaRASpatialAdapter):
     """``core`` (r, r) learns between the buffers ``a0`` (r, in) and ``b0`` (out, r); ``g`` (4,) as in the spatial form."""
 
+    @classmethod
+    def check(cls, config: TinyWaRA, site: Site) -> None:
+        super().check(config, site)
+        if site.source is not None:
+            raise Unsupported(f"TinyWaRA's basis is that of one layer, and {site.name} stands for a branch; target layers")
+
     def start(self, config: TinyWaRA, site: Site, rng: Generator) -> None:
         out, fan_in = site.shape
         if site.is_meta:
