@@ -22,7 +22,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -73,8 +73,12 @@ def learners(name: str, model: nn.Module, data: TaskData, seed: int) -> list[nn.
     return parameters
 
 
-def run(name: str, data: TaskData, rate: float, seed: int) -> dict[str, Any]:
-    """Train once; validation and test accuracy after the last step, none if the loss stopped being finite."""
+def run(name: str, data: TaskData, rate: float, seed: int, given: Sequence[Schedule] | None = None) -> dict[str, Any]:
+    """Train once; validation and test accuracy after the last step, none if the loss stopped being finite.
+
+    Args:
+        given: schedules; None: those that belong to the method. They probe on batches of 16 training rows.
+    """
     model = data.model(seed).train()
     own = learners(name, model, data, seed)
     mine = {id(p) for p in own}
@@ -83,27 +87,24 @@ def run(name: str, data: TaskData, rate: float, seed: int) -> dict[str, Any]:
     groups = [{"params": own, "lr": rate}, {"params": head, "lr": head_rate}]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
     total, warmup = data.steps(), max(1, round(WARMUP * data.steps()))
+    beside = given if given is not None else [SCHEDULES[name]()] if name in SCHEDULES else []
+    probes = [{k: v[:16] for k, v in batch.items()} for batch in islice(data.batches("train", seed=seed + 1000), 12)]
+    s = tt.scheduled(model, optimizer, *beside, steps=total, loss=data.loss, batches=probes, seed=seed)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, (total - step) / max(1, total - warmup))
     )
     torch.manual_seed(seed)
-    beside = SCHEDULES[name]() if name in SCHEDULES else Schedule()
-    beside.start(model, steps=total)
     start, losses = time.perf_counter(), []
-    for epoch in range(data.epochs):
-        for batch in data.batches("train", seed=seed, epoch=epoch):
-            loss = data.loss(model, batch)
-            losses.append(loss.item())
-            if not math.isfinite(losses[-1]):
-                return {"rate": rate, "seed": seed, "diverged at step": len(losses), "trainable": sum(p.numel() for p in own)}
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(own + head, 1.0)
-            beside.backward_end()
-            optimizer.step()
-            beside.step_end()
-            schedule.step()
-    beside.finish()
+    with s:
+        for epoch in range(data.epochs):
+            for batch in data.batches("train", seed=seed, epoch=epoch):
+                loss = data.loss(model, batch)
+                losses.append(loss.item())
+                if not math.isfinite(losses[-1]):
+                    return {"rate": rate, "seed": seed, "diverged at step": len(losses), "trainable": sum(p.numel() for p in own)}
+                loss.backward()
+                s.step(loss, max_grad_norm=1.0)
+                schedule.step()
     result = {"rate": rate, "seed": seed, "trainable": sum(p.numel() for p in own), "seconds": time.perf_counter() - start}
     result["loss"] = statistics.fmean(losses[-20:])
     return result | {split: data.accuracy(model, split) for split in ("validation", "test")}

@@ -97,3 +97,33 @@ def test_snella_with_its_schedule_resumes_to_the_bit(tmp_path: Path, monkeypatch
     assert whole.keys() == again.keys() and all(torch.equal(whole[key], again[key]) for key in whole)
     kept = {key: value for key, value in whole.items() if key.endswith(".kept")}
     assert len(set(kept.values())) > 1  # the schedule has given different places different budgets
+
+
+TOGETHER = [{"name": "IST", "updated": 1, "suppressed": 1, "candidates": 2, "interval": 2}, {"name": "LoRAPlus", "ratio": 4.0},
+            {"name": "CheckpointAveraging", "every": 1, "last": 3}]  # fmt: skip
+RUNS = {
+    "together": {"schedules": TOGETHER},
+    "budget": {"method": {"name": "AdaLoRA", "rank": 4}, "schedules": [{"name": "BudgetSchedule", "target": 2, "final": 2}]},
+    "restarts": {"schedules": [{"name": "ReLoRA", "every": 2, "rewarm": 1}]},
+    "galore": {"method": "Unfreeze", "targets": "attn.q", "schedules": [{"name": "GaLore", "rank": 4, "every": 2}]},
+}
+
+
+@pytest.mark.parametrize("name", ["together", *(pytest.param(n, marks=pytest.mark.slow) for n in RUNS if n != "together")])
+def test_runs_resume_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+    whole, again = resumed(tmp_path, monkeypatch, 3 if name == "together" else 5, **RUNS[name])
+    assert whole.keys() == again.keys() and all(torch.equal(whole[key], again[key]) for key in whole)
+
+
+@pytest.mark.slow
+def test_what_a_run_delivers(tmp_path: Path):
+    """An adapter of the average, with ranks that were cut, or joined: it loads, and evaluates as it did while training."""
+    from trimtab.training import evaluate
+
+    for name in ("budget", "restarts", "together"):
+        config = settings(tmp_path, max_steps=6, batch_size=4, output=str(tmp_path / name), **RUNS[name])
+        result = train(config)
+        found = evaluate(tmp_path / name)
+        assert found.metrics == pytest.approx(result.metrics["test"])
+        ranks = {value.shape[0] for key, value in written(tmp_path / name).items() if key.endswith((".a", ".e"))}
+        assert (ranks == {12}) if name == "restarts" else (ranks == {4}) if name == "together" else min(ranks) < 4

@@ -80,9 +80,8 @@ class GaLore(Schedule):
             raise Unsupported(
                 f"GaLore projects the gradients of matrices that learn whole, tt.attach(model, tt.Unfreeze()); attached: {methods}"
             )
-        small = [name for name, p in self.weights_of.items() if min(p.shape) < self.rank]
-        if small:
-            warnings.warn(f"{small[0]} is smaller than rank={self.rank}, which is clamped there: nothing is saved", stacklevel=2)
+        if all(min(p.shape) < self.rank for p in self.weights_of.values()):
+            warnings.warn(f"all matrices are smaller than rank={self.rank}, which is clamped: nothing is saved", stacklevel=2)
         self.bases: dict[str, Tensor] = {}
         self._whole: dict[str, Tensor] = {}
 
