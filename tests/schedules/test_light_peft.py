@@ -369,3 +369,23 @@ def test_numbers_that_do_not_fit_the_run_or_the_model():
     stored = train(model, LightPEFT(3, **SMALL), stop=2)
     with pytest.raises(ValueError, match="takes 3 steps, and this one 4"):
         train(net(), LightPEFT(4, **SMALL), state=stored["state"])
+
+
+@pytest.mark.parametrize("stop", [2, 5])
+def test_averages_of_what_was_cut_resume_too(stop: int, tmp_path: Path):
+    """Checkpoints before the cut do not count; ranks and modules that go leave the average."""
+    make = lambda: [LightPEFT(3, **SMALL), tt.CheckpointAveraging(every=1, by="step")]  # noqa: E731
+    whole, half, given = net(), net(), make()
+    train(whole, *given)
+    assert len(given[1].values) == 5
+    with tt.scheduled(half, opt := optimizer(half), *make(), steps=8) as s:
+        for step in range(stop):
+            loss(half, batch(step)).backward()
+            s.step()
+        # a checkpoint: finish() averages
+        stored = {"state": s.state_dict(), "opt": opt.state_dict()}
+        tt.save(half, tmp_path / "a")
+    model = build(FAMILY).to(torch.float32).train()
+    restoration.load(model, tmp_path / "a", trainable=True)
+    train(model, *make(), state=stored["state"], opt_state=stored["opt"])
+    assert all(torch.equal(v, whole.state_dict()[k]) for k, v in model.state_dict().items())

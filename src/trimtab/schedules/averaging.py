@@ -8,7 +8,7 @@ those of ``artifacts.average_weights``, so that the result is what averaging sav
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.artifacts.average_weights import STREAMED, log_weights, normalised
+from trimtab.core.contracts import Adapter
 from trimtab.schedules.contract import Schedule
 from trimtab.schedules.registry import schedule
 
@@ -96,6 +97,8 @@ class CheckpointAveraging(Schedule):
             raise ValueError('CheckpointAveraging weighs by loss, and the loop does not tell it: s.step(loss), or by="step"')
         value = float(self._total) / max(1, self._count) if self.by == "loss" and self._count else float(self.step)
         self._total, self._count = 0.0, 0
+        if not all(each.deliverable for each in self.services.schedules):
+            return  # Light-PEFT has not cut the base yet, for which the adapters are meant
         if self.last is not None and left >= self.last * self.interval:
             return  # a checkpoint like the others, and too early to count
         self.values.append(value)
@@ -133,6 +136,12 @@ class CheckpointAveraging(Schedule):
         for key, p in self.parameters.items():
             if p is parameter and key in self.mean:
                 self.mean[key] = self.mean[key].index_select(dim, index.to(p.device))
+
+    def removed(self, adapters: Collection[Adapter]) -> None:
+        gone = {id(p) for adapter in adapters for p in adapter.parameters()}
+        for key in [key for key, p in self.parameters.items() if id(p) in gone]:
+            del self.parameters[key]
+            self.mean.pop(key, None)
 
     def finish(self) -> None:
         """The adapters become their average."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from trimtab.core.contracts import Adapter
 from trimtab.core.cut import Kept
+from trimtab.core.errors import Unsupported
 from trimtab.kernels.gate import gated
 from trimtab.schedules import surgery
 from trimtab.schedules.probing import measuring
@@ -74,7 +75,7 @@ class Estimation:
         """Confirm on the last inputs that a cut gives what masking gives.
 
         Raises:
-            Unsupported: it does not, or cannot be made.
+            Unsupported: it does not, or cannot be made or checked.
         """
         args, kwargs = self.inputs
         run = lambda model: model(*args, **kwargs)  # noqa: E731
@@ -85,6 +86,8 @@ class Estimation:
             with measuring(self.root):
                 self.fixed = hard
                 expected = surgery.floats(run(self.root))
+                if not expected:
+                    raise Unsupported(f"{type(self.root).__name__} returns no tensor by which a cut of it could be checked")
                 self.fixed = {}
                 surgery.trial(self.root, kept, run, expected)
         finally:

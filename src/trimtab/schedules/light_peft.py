@@ -290,7 +290,8 @@ class LightPEFT(Schedule):
             inputs = module.in_features if hasattr(module, "in_features") else module.nx
             sizes.setdefault(inputs // len(mask), []).append(path)
         for size, paths in sizes.items():
-            attach(self.root, UnitMask(size=size), targets=paths, name=name, rng=torch.Generator())
+            places = lambda path, module, here=frozenset(paths): path in here  # noqa: E731
+            attach(self.root, UnitMask(size=size), targets=places, name=name, rng=torch.Generator())
         for adapter in self._kept_masks():
             adapter.m = masks[adapter.site.path]
 

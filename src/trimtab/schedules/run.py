@@ -281,11 +281,6 @@ class Run(Services):
         for each in self.schedules if self._running else ():
             each.evaluate(dict(metrics))
 
-    @property
-    def deliverable(self) -> bool:
-        """Whether the model could be delivered as it is now."""
-        return all(each.deliverable for each in self.schedules)
-
     @contextmanager
     def weights(self) -> Iterator[None]:
         """Inside, the adapters are what the run would deliver if it ended now (averages, restarts joined); then as before.

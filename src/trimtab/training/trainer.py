@@ -284,13 +284,17 @@ class AdapterTrainer(Trainer):
         load(self.model, folder, name=self.run.adapter, trainable=True, check_base=same_base, originals="host")
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        is_best = self.schedule.deliverable and super()._determine_best_metric(metrics, trial)
+        is_best = self._deliverable() and super()._determine_best_metric(metrics, trial)
         if is_best and self.args.should_save:
             # superseded ones go only with the next checkpoint, so that a run resumed before it still finds its own
             self.state.best_global_step = self.state.global_step
             with new_directory(self.best_folder()) as stage, self.schedule.weights():
                 save(self.model, stage, name=self.run.adapter)
         return is_best
+
+    def _deliverable(self) -> bool:
+        """Whether the model as it is now could be what the run delivers."""
+        return all(each.deliverable for each in self.schedule.schedules)
 
     def best_folder(self) -> Path:
         """Where the adapter with the best validation metric so far is."""
