@@ -24,6 +24,7 @@ from trimtab.tasks import Bundle, Task, task
 from trimtab.tasks.instructions import encoding, generation, packing, scores, sources
 from trimtab.tasks.instructions.readers import Reader, reader_for
 from trimtab.tasks.instructions.templates import TemplateConfig, prompt_text, segments
+from trimtab.training import processes
 from trimtab.training.config import TrainConfig
 from trimtab.training.data import Row
 from trimtab.training.errors import ConfigError, DataError
@@ -166,7 +167,7 @@ class InstructionTuning(Task):
             file = folder / PREDICTIONS / f"{name}.jsonl"
             kept = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.is_file() else None
             found[name], entries = _score(config, bundle, name, texts=None if kept is None else [e["output"] for e in kept])
-            if kept is None:
+            if kept is None and processes.is_main():
                 lines = ({"where": row.where, **entry} for row, entry in zip(rows, entries, strict=False))
                 file.parent.mkdir(exist_ok=True)
                 write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
@@ -269,10 +270,11 @@ def _score(
     """Metrics and predictions of one test set, generated unless ``texts`` are given."""
     rows, reader = bundle.tests[name][: config.evaluation.limit], _reader(config, name)
     if texts is None and config.evaluation.mode == "options":
-        texts = _choose(config, bundle, rows, reader)
+        texts = processes.spread(rows, lambda share: _choose(config, bundle, share, reader))
     elif texts is None:
         done = reader.done if reader.kind == "label" else None
-        texts = _write(config, bundle, rows, config.evaluation.new_tokens or reader.new_tokens, done)
+        new_tokens = config.evaluation.new_tokens or reader.new_tokens
+        texts = processes.spread(rows, lambda share: _write(config, bundle, share, new_tokens, done))
     answers = [reader.answer(row.values[config.data.answer], row.where) for row in rows]
     return scores.score(reader, texts, answers, seen=bundle.seen[name][: len(rows)])
 

@@ -1,5 +1,8 @@
 """train: from a configuration to a folder that holds the adapter, the resolved configuration, the curve and the result.
 
+Under ``torchrun`` or ``accelerate launch`` the processes share the rows of every step, so that one and several processes give the
+same adapter up to rounding; the first one writes.
+
 The folder, all of it written atomically::
 
     config.yaml      the resolved configuration
@@ -33,7 +36,7 @@ from trimtab.core.activation import parameters
 from trimtab.core.attach import attach
 from trimtab.core.errors import TrimtabError, nearest
 from trimtab.tasks import Bundle
-from trimtab.training import callbacks, curve
+from trimtab.training import callbacks, curve, processes
 from trimtab.training.config import TrainConfig, load_config, to_yaml
 from trimtab.training.errors import ConfigError, RunError
 from trimtab.training.files import write_text
@@ -102,7 +105,7 @@ def train(
         RunError: ``output`` holds another run, the base holds NaN, or the loss became NaN (checkpoints are kept).
     """
     resolved = load_config(config, overrides=overrides)
-    console = console or Console(quiet=True)
+    console = console if console is not None and processes.is_main() else Console(quiet=True)
     console.print(to_yaml(resolved), markup=False, highlight=False)
     output = Path(resolved.output)
     task = tasks.get(resolved.task)
@@ -197,13 +200,15 @@ def _run(config: TrainConfig, bundle: Bundle, total: int, *, overwrite: bool, co
         watchers.append(callbacks.Patience(config.patience, config.metric))
     args = arguments(config, folder, rows=len(bundle.splits["train"]))
     trainer = AdapterTrainer(config, bundle, args, callbacks=watchers)
-    if overwrite and output.exists():
-        shutil.rmtree(output)
-    resume = last_checkpoint(folder)
     # everything that can be checked has been; from here on the folder is this run's
-    output.mkdir(parents=True, exist_ok=True)
-    write_text(output / INFO, json.dumps(bundle.info, indent=2, ensure_ascii=False) + "\n")
-    write_text(output / CONFIG, to_yaml(config))
+    if processes.is_main():
+        if overwrite and output.exists():
+            shutil.rmtree(output)
+        output.mkdir(parents=True, exist_ok=True)
+        write_text(output / INFO, json.dumps(bundle.info, indent=2, ensure_ascii=False) + "\n")
+        write_text(output / CONFIG, to_yaml(config))
+    processes.barrier()
+    resume = last_checkpoint(folder)
     if resume:
         console.print(f"resuming from {resume}")
     started = time.perf_counter()
@@ -223,7 +228,7 @@ def _forget(output: Path) -> None:
     """After an error: take away what the run wrote if it came to no checkpoint, so that nothing is left of it."""
     from trimtab.training.trainer import last_checkpoint
 
-    if last_checkpoint(output / CHECKPOINTS) is not None:
+    if last_checkpoint(output / CHECKPOINTS) is not None or not processes.is_main():
         return
     shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
     for name in (CONFIG, INFO):
@@ -250,13 +255,16 @@ def _finish(config: TrainConfig, bundle: Bundle, trainer: Any, *, total: int, se
     from trimtab.training.files import new_directory
 
     output = Path(config.output)
+    processes.barrier()  # the best adapter is written
     if trainer.state.best_global_step:
         trainer.reload(trainer.best_folder())
     entries = curve.curve_of(trainer.state.log_history)  # before the evaluations below add to it
     metrics = {split: _bare(trainer.evaluate(rows)) for split, rows in bundle.splits.items() if split != "train"}
     metrics |= tasks.get(config.task).finish(config, bundle, output, console=console)
-    with new_directory(output / ADAPTER) as stage:
-        save(bundle.model, stage, name=config.adapter)
+    if processes.is_main():
+        with new_directory(output / ADAPTER) as stage:
+            save(bundle.model, stage, name=config.adapter)
+    processes.barrier()
     best_step = trainer.state.best_global_step or trainer.state.global_step
     result = RunResult(
         output=str(output),
@@ -271,10 +279,12 @@ def _finish(config: TrainConfig, bundle: Bundle, trainer: Any, *, total: int, se
         curve=entries,
         model=bundle.model,
     )
-    write_text(output / "curve.json", json.dumps(entries, indent=1) + "\n")
-    curve.write_png(entries, config.metric, output / "curve.png")
-    write_text(output / RESULT, result.to_json())
-    shutil.rmtree(output / CHECKPOINTS)
+    if processes.is_main():
+        write_text(output / "curve.json", json.dumps(entries, indent=1) + "\n")
+        curve.write_png(entries, config.metric, output / "curve.png")
+        write_text(output / RESULT, result.to_json())
+        shutil.rmtree(output / CHECKPOINTS)
+    processes.barrier()
     console.print(curve.as_table(entries, config.metric))
     console.print(f"best at step {best_step}; " + "; ".join(f"{split}: {_shown(values)}" for split, values in metrics.items()))
     learnt = f"{result.trainable:,} of {total:,} parameters learnt"

@@ -20,10 +20,11 @@ class EpochSampler(Sampler[int]):
         batch_size: rows of one optimizer step, accumulation included.
         seed: of the order; epoch ``e`` draws from ``(seed, e)`` alone, never from the global generator.
         bucket: sort each window of 50 random batches by length, then shuffle the batches.
+        fill: index of a row without labels that makes the last batch whole, for runs of several processes; None leaves it short.
     """
 
-    def __init__(self, lengths: Sequence[int], *, batch_size: int, seed: int, bucket: bool):
-        self.lengths, self.batch_size, self.seed, self.bucket = lengths, batch_size, seed, bucket
+    def __init__(self, lengths: Sequence[int], *, batch_size: int, seed: int, bucket: bool, fill: int | None = None):
+        self.lengths, self.batch_size, self.seed, self.bucket, self.fill = lengths, batch_size, seed, bucket, fill
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -31,13 +32,19 @@ class EpochSampler(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.lengths) + self._missing()
+
+    def _missing(self) -> int:
+        return 0 if self.fill is None else -len(self.lengths) % self.batch_size
 
     def __iter__(self) -> Iterator[int]:
+        return iter([*self._order(), *([self.fill] * self._missing())])
+
+    def _order(self) -> list[int]:
         rng = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(len(self.lengths), generator=rng).tolist()
         if not self.bucket:
-            return iter(order)
+            return order
         size, batches = self.batch_size, []
         for start in range(0, len(order), size * WINDOW):
             window = sorted(order[start : start + size * WINDOW], key=self.lengths.__getitem__)
@@ -45,4 +52,4 @@ class EpochSampler(Sampler[int]):
         # the short batch, if any, stays last: elsewhere it would shift all batches behind it
         last = [batches.pop()] if len(batches[-1]) < size else []
         shuffled = [batches[i] for i in torch.randperm(len(batches), generator=rng).tolist()]
-        return iter([index for batch in shuffled + last for index in batch])
+        return [index for batch in shuffled + last for index in batch]

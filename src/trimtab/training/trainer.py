@@ -25,6 +25,7 @@ from trimtab.core.checkpoint import save
 from trimtab.schedules.restoration import load
 from trimtab.schedules.run import Run
 from trimtab.tasks import Bundle
+from trimtab.training import processes
 from trimtab.training.backward_step import BackwardOptimizer
 from trimtab.training.config import TrainConfig
 from trimtab.training.errors import ConfigError, RunError
@@ -35,6 +36,7 @@ from trimtab.training.schedules import Moments, load_state, probes, save_state
 __all__ = ["AdapterTrainer", "arguments", "better", "last_checkpoint"]
 
 ADAPTER = "adapter"
+IGNORED = -100  # the label that losses and transformers' count of labels leave out
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
@@ -49,15 +51,15 @@ def arguments(config: TrainConfig, folder: Path, *, rows: int) -> TrainingArgume
     """
     if config.precision == "fp16" and not torch.accelerator.is_available():
         raise ConfigError("precision fp16 needs an accelerator, and this machine has none; use bf16 or fp32")
-    batches = -(-rows // config.batch_size)
-    an_epoch = -(-batches // config.accumulation)
+    an_epoch = -(-rows // (config.batch_size * config.accumulation))
     total = config.max_steps or max(1, round(an_epoch * config.epochs))
+    batch_size, accumulation = _share(config)
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=total,
-        per_device_train_batch_size=config.batch_size,
+        per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=config.eval_batch_size,
-        gradient_accumulation_steps=config.accumulation,
+        gradient_accumulation_steps=accumulation,
         learning_rate=config.learning_rate,
         lr_scheduler_type=SCHEDULES[config.schedule],
         warmup_steps=round(config.warmup * total),
@@ -87,6 +89,25 @@ def arguments(config: TrainConfig, folder: Path, *, rows: int) -> TrainingArgume
     )
 
 
+def _share(config: TrainConfig) -> tuple[int, int]:
+    """Rows a forward pass and passes a step of one process, so that a step has the same rows whatever the number of processes."""
+    count = processes.world()
+    if config.accumulation % count == 0:
+        return config.batch_size, config.accumulation // count
+    if config.batch_size % count == 0:
+        return config.batch_size // count, config.accumulation
+    raise ConfigError(
+        f"{count} processes cannot share the rows of a step evenly: neither batch_size = {config.batch_size} nor accumulation = "
+        f"{config.accumulation} is a multiple of {count}; change one of them, or the number of processes"
+    )
+
+
+def _without_labels(example: dict[str, Any]) -> dict[str, Any]:
+    """A copy that adds nothing to the loss nor to the number of its terms."""
+    labels = example["labels"]
+    return {**example, "labels": [IGNORED] * len(labels) if isinstance(labels, list) else labels * 0 + IGNORED}
+
+
 def last_checkpoint(folder: Path) -> str | None:
     """The newest whole checkpoint below ``folder``, or None."""
     return get_last_checkpoint(str(folder)) if folder.is_dir() else None
@@ -113,15 +134,17 @@ class AdapterTrainer(Trainer):
     def __init__(self, config: TrainConfig, bundle: Bundle, args: TrainingArguments, *, callbacks: list[TrainerCallback]):
         self.run, self.bundle = config, bundle
         self._stage: str | None = None
+        rows = bundle.splits.get("train")
+        self.fill = len(rows) if rows and processes.world() > 1 else None
         self.stepper: BackwardOptimizer | None = None
         super().__init__(
             model=bundle.model,
             args=args,
             data_collator=bundle.collate,
-            train_dataset=bundle.splits.get("train"),
+            train_dataset=rows if self.fill is None else [*rows, _without_labels(min(rows, key=bundle.length))],
             eval_dataset=bundle.splits.get("validation"),
             compute_loss_func=bundle.loss,
-            compute_metrics=bundle.metrics,
+            compute_metrics=self._measure,
             callbacks=callbacks,
         )
         # the loss function divides by the number of rows of the whole accumulated batch; models must not do it again
@@ -166,7 +189,7 @@ class AdapterTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         config, lengths = self.run, [self.bundle.length(example) for example in self.bundle.splits["train"]]
         return EpochSampler(
-            lengths, batch_size=config.batch_size * config.accumulation, seed=config.seed, bucket=config.bucket
+            lengths, batch_size=config.batch_size * config.accumulation, seed=config.seed, bucket=config.bucket, fill=self.fill
         )
 
     def _get_eval_sampler(self, eval_dataset: Any) -> list[int]:
@@ -189,6 +212,14 @@ class AdapterTrainer(Trainer):
         loss, logits, labels = super().prediction_step(*args, **kwargs)
         kept = self.bundle.reduce({"logits": logits}, labels)  # (n, ...)
         return loss, kept, labels[:, 0]
+
+    def _measure(self, prediction: Any) -> dict[str, float]:
+        """The task's metrics; with several processes also the loss, whose mean over batches would count some rows twice."""
+        found = self.bundle.metrics(prediction)
+        if processes.world() > 1 and "loss" not in found:
+            outputs, labels = torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)
+            found["loss"] = float(self.bundle.loss({"logits": outputs}, labels))
+        return found
 
     # -- never step on what is not finite
 
@@ -242,18 +273,21 @@ class AdapterTrainer(Trainer):
             self._stop(f"{len(bad)} adapter tensors, first {bad[0]}, hold values that are not finite")
         folder = Path(self.args.output_dir)
         final = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        with new_directory(final) as stage:
+        with processes.shared_directory(final) as stage:
             self._stage = str(stage)
             try:
                 super()._save_checkpoint(model, trial)
             finally:
                 self._stage = None
-            inner = stage / final.name
+            processes.barrier()  # each process has its random generators
             if self.args.should_save:
+                inner = stage / final.name
                 save_state(self.schedule, inner)
-            for file in inner.iterdir():
-                os.replace(file, stage / file.name)
-            inner.rmdir()
+                for file in inner.iterdir():
+                    os.replace(file, stage / file.name)
+                inner.rmdir()
+        if not self.args.should_save:
+            return
         for stale in sort_checkpoints(output_dir=str(folder))[: -self.run.keep_checkpoints]:
             shutil.rmtree(stale)
         for best in folder.glob("best-*"):
@@ -285,9 +319,10 @@ class AdapterTrainer(Trainer):
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         is_best = self._deliverable() and super()._determine_best_metric(metrics, trial)
+        if is_best:
+            self.state.best_global_step = self.state.global_step
         if is_best and self.args.should_save:
             # superseded ones go only with the next checkpoint, so that a run resumed before it still finds its own
-            self.state.best_global_step = self.state.global_step
             with new_directory(self.best_folder()) as stage, self.schedule.weights():
                 save(self.model, stage, name=self.run.adapter)
         return is_best
