@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_blocks import adamw, batch, loss, net, scheduled, steps
 
 import trimtab as tt
 from tiny_text import settings
@@ -127,3 +128,44 @@ def test_what_a_run_delivers(tmp_path: Path):
         assert found.metrics == pytest.approx(result.metrics["test"])
         ranks = {value.shape[0] for key, value in written(tmp_path / name).items() if key.endswith((".a", ".e"))}
         assert (ranks == {12}) if name == "restarts" else (ranks == {4}) if name == "together" else min(ranks) < 4
+
+
+class WithLoss(torch.nn.Module):
+    """The tests' small model as transformers' Trainer wants it."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": loss(self.inner, (ids, labels))}
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_trainer_of_one_s_own_equals_a_plain_loop(tmp_path: Path, accumulation: int):
+    from transformers import Trainer, TrainingArguments
+
+    from trimtab.training.schedules import Moments
+
+    class InOrder(Trainer):
+        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    found = []
+    for own in (True, False):
+        model = net(tt.AdaLoRA(rank=3), moved=True)
+        optimizer = adamw(model)
+        given = tt.IST(updated=2, interval=2), tt.BudgetSchedule(target=2, final=1), tt.CheckpointAveraging(by="step", every=1)
+        with scheduled(model, optimizer, *given, steps=4) as s:
+            if own:
+                rows = [{"ids": i, "labels": y} for n in range(4) for i, y in zip(*batch(n), strict=True)]
+                args = TrainingArguments(
+                    str(tmp_path), per_device_train_batch_size=8 // accumulation, gradient_accumulation_steps=accumulation,
+                    max_steps=4, max_grad_norm=0.0, lr_scheduler_type="constant", save_strategy="no", report_to="none",
+                    disable_tqdm=True, use_cpu=True,
+                )  # fmt: skip
+                InOrder(WithLoss(model), args, train_dataset=rows, optimizers=(optimizer, None), callbacks=[Moments(s)]).train()
+            else:
+                steps(model, optimizer, s, range(4), accumulation=accumulation)
+        found.append(model)
+    assert all(torch.equal(a, b) for a, b in zip(*(m.state_dict().values() for m in found), strict=True))

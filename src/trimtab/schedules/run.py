@@ -133,7 +133,9 @@ class Run(Services):
         self.close()
 
     def finish(self) -> None:
-        """After the last step."""
+        """After the last step; a second call does nothing."""
+        if not self._running:
+            return
         self._running = False
         for each in self._deliverers:
             each.finish()

@@ -21,7 +21,13 @@ PROBE_ROWS = 16  # rows of a probe batch, as in IST's code
 
 
 class Moments(TrainerCallback):
-    """What transformers' loop tells by callbacks; the gradients' moments come from the trainer and the optimizer's hooks."""
+    """What transformers' loop tells by callbacks; the gradients' moments come from the optimizer's hooks.
+
+    For a Trainer of one's own, whose schedules see clipped gradients, and whose checkpoints do not hold their state::
+
+        with tt.scheduled(model, optimizer, tt.IST(), steps=...) as s:
+            Trainer(model, args, optimizers=(optimizer, None), callbacks=[Moments(s)], ...).train()
+    """
 
     def __init__(self, run: Run):
         self.run = run
