@@ -11,6 +11,7 @@ from torch import nn
 
 import trimtab as tt
 from trimtab.core import registry
+from trimtab.core.host import Host, adapted_class
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,28 @@ class ShiftAdapter(tt.ActivationAdapter):
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return y + self.s.to(y.dtype)
+
+
+@dataclass(frozen=True)
+class Skip(tt.MethodConfig):
+    """y' = y + M x + s: beside a module, affine, by plain torch operations."""
+
+
+@tt.method(Skip, paper="a test")
+class SkipAdapter(tt.ActivationAdapter):
+    targets = "mlp"
+
+    def __init__(self, config: Skip, site: tt.Site, *, rng: torch.Generator):
+        super().__init__(config, site)
+        self.m = self.zeros(site.out_features, site.in_features)
+        self.s = self.zeros(site.out_features)
+
+    @classmethod
+    def merges(cls, config: Skip, site: tt.Site) -> bool:
+        return True
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return y + torch.nn.functional.linear(x, self.m.to(x.dtype), self.s.to(x.dtype)).to(y.dtype)
 
 
 @dataclass(frozen=True)
@@ -119,6 +142,62 @@ def test_activation_adapters_without_a_weight_form_refuse_to_merge() -> None:
     tt.attach(model, Shift(), targets="mlp.up", name="s")
     with pytest.raises(tt.NotMergeable, match="activations"):
         tt.merge(model, "s")
+
+
+def shaken(model: nn.Module, name: str, seed: int) -> None:
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for p in tt.parameters(model, name):
+            p.add_(torch.randn_like(p) * 0.1)
+
+
+@pytest.mark.parametrize("targets", ["attn", "mlp", "block", "mlp.up"])
+def test_an_activation_adapter_acts_on_branches_and_blocks(targets: str, tmp_path) -> None:
+    """Whole or spread over their block; it trains, routes and is saved with what it reads."""
+    model, x = net().double().eval(), torch.randn(3, 5, 12, dtype=torch.float64)
+    base = model(x)
+    for seed, name in enumerate("ab"):
+        tt.attach(model, Skip(), targets=targets, name=name)
+        shaken(model, name, seed)
+    tt.activate(model, "a")
+    a = model(x)
+    a.square().sum().backward()
+    assert all(p.grad is not None for p in tt.parameters(model, "a"))
+    tt.activate(model, "b")
+    b = model(x)
+    with tt.routed(model, ["b", None, "a"]):
+        torch.testing.assert_close(model(x), torch.stack([b[0], base[1], a[2]]))
+    tt.save(model, tmp_path, name="b")
+    fresh = net().double().eval()
+    tt.load(fresh, tmp_path)
+    torch.testing.assert_close(fresh(x), b)
+
+
+def test_an_affine_activation_adapter_has_a_weight_form() -> None:
+    model, x = net().double().eval(), torch.randn(3, 5, 12, dtype=torch.float64)
+    tt.attach(model, Skip(), targets="mlp.up", name="s")
+    shaken(model, "s", 0)
+    layer = model.layers[0].linear1
+    adapter = layer.trimtab.s.module
+    torch.testing.assert_close(tt.effective_weight(model, "layers.0.linear1"), layer._parameters["weight"] + adapter.m)
+    torch.testing.assert_close(tt.effective_weight(model, "layers.0.linear1", tensor="bias"), layer._parameters["bias"] + adapter.s)
+    y = model(x)
+    tt.merge(model, "s")
+    torch.testing.assert_close(model(x), y)
+    tt.unmerge(model, "s")
+    tt.attach(model, Skip(), targets="mlp", name="branch")
+    with pytest.raises(tt.NotMergeable, match="Skip at layers.0.linear2 acts on activations"):
+        tt.merge(model, "branch")
+
+
+def test_a_sequential_shows_what_it_runs_and_not_its_host() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    layers = list(model)
+    model._modules["trimtab"] = Host()
+    model.__class__ = adapted_class(nn.Sequential, frozenset())
+    assert list(model) == layers and len(model) == 3 and model[-1] is layers[-1] and list(model[:-1]) == layers[:-1]
+    assert type(model[1:]) is nn.Sequential
+    model(torch.randn(2, 4))
 
 
 def test_a_name_is_registered_once() -> None:
