@@ -70,7 +70,7 @@ class SkipAdapter(tt.ActivationAdapter):
 
 @dataclass(frozen=True)
 class Prompt(tt.MethodConfig):
-    """Learned tokens in front of a block's input."""
+    """Learned tokens at every block's input."""
 
     tokens: int = 2
 
@@ -83,11 +83,12 @@ class PromptAdapter(tt.TokenAdapter):
         super().__init__(config, site)
         self.p = self.normal(config.tokens, site.in_features, std=1.0, rng=rng)
 
-    def insert(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([self.p.to(x.dtype).expand(x.shape[0], -1, -1), x], 1)
+    @classmethod
+    def entry(cls, config: Prompt) -> str:
+        return "block"
 
-    def remove(self, y: torch.Tensor) -> torch.Tensor:
-        return y[:, self.config.tokens :]
+    def tokens(self) -> torch.Tensor:
+        return self.p
 
 
 def net() -> nn.Module:

@@ -1,8 +1,8 @@
-"""attach, its dry run, and detach."""
+"""attach and its dry run; detach comes from ``trimtab.core.removal``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,17 +11,19 @@ from torch import Tensor, nn
 from trimtab.core import anatomy as anatomy_module
 from trimtab.core.bank import build_adapter
 from trimtab.core.calibrate import site_activations, site_gradients
-from trimtab.core.contracts import ActivationAdapter, Adapter, MethodConfig, Selection
+from trimtab.core.contracts import ActivationAdapter, Adapter, MethodConfig, Selection, TokenAdapter
 from trimtab.core.errors import NoMatch, ShapeMismatch, TrimtabError, Unsupported, raise_all
 from trimtab.core.guard import watch
-from trimtab.core.host import dismount, escape, feed, mount
+from trimtab.core.mounting import feed, mount, serve
 from trimtab.core.places import sites_of
+from trimtab.core.removal import detach, remove_adapters, remove_group
 from trimtab.core.selection import Place, select
 from trimtab.core.site import Cohort, Site
-from trimtab.core.state import Group, adapter_group, dependants, drop_state, host, parameter_users, state_of, unwrap
+from trimtab.core.stacks import companions, token_places, vocabulary
+from trimtab.core.state import Group, ModelState, host, parameter_users, state_of, unwrap
 from trimtab.core.table import Table
 
-__all__ = ["Assignment", "attach", "detach", "mount_group", "plan_sites", "remove_adapters"]
+__all__ = ["Assignment", "attach", "detach", "mount_group", "plan_sites", "remove_adapters", "remove_group"]
 
 Targets = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
 Assignment = tuple[MethodConfig, Site]
@@ -138,6 +140,7 @@ def plan_sites(
     assignments = list(found.values())
     for _, site in assignments:
         site.head_size = anatomy.facts[site.block]["head_size"] if site.block is not None else None
+        site.vocabulary = vocabulary(anatomy, site) if site.role in ("stack", "block") else None
     for config, site in assignments:
         _read_alike(config, site)
     _refuse_ties(root, assignments)
@@ -165,9 +168,10 @@ def _select(root: nn.Module, method: MethodConfig, targets: Targets, layers: Seq
         leaves = lambda module: any(module._parameters.get(tensor) is not None for tensor in names)  # noqa: E731
     default = cls.places(method, anatomy)
     reads = cls.reads(method) if issubclass(cls, ActivationAdapter) else None
-    return select(
+    found = select(
         root, targets, layers=layers, anatomy=anatomy, default=default, leaves=leaves, containers=containers, reads=reads
     )
+    return token_places(type(method).__name__, cls.entry(method), found, anatomy) if issubclass(cls, TokenAdapter) else found
 
 
 def _width(anatomy: Any, place: Place) -> int | None:
@@ -279,7 +283,7 @@ def mount_group(root: nn.Module, name: str, adapters: list[Adapter], *, trainabl
         state.thawed = _freeze(root)
     group = state.groups.setdefault(name, Group(name, trainable=trainable, checked=not check_gradients))
     for adapter in adapters:
-        adapter.site.gradient = adapter.site.activation = None
+        adapter.site.gradient = adapter.site.activation = adapter.site.vocabulary = None
         adapter.train(adapter.site.module.training)
         adapter.requires_grad_(trainable)
         mount(adapter.site.module, name, adapter)
@@ -288,10 +292,27 @@ def mount_group(root: nn.Module, name: str, adapters: list[Adapter], *, trainabl
             feed(adapter.site.source, name, adapter)
             state.hosts[adapter.site.source_path] = adapter.site.source
         group.adapters.append(adapter)
+    _serve(root, state, name, [adapter for adapter in adapters if isinstance(adapter, TokenAdapter)])
     if trainable and check_gradients:
         group.checked = False
         watch(root)
     return group
+
+
+def _serve(root: nn.Module, state: ModelState, name: str, adapters: list[TokenAdapter]) -> None:
+    """Let the modules that serve token adapters know of them."""
+    from trimtab.compat.bodies import rotates
+
+    anatomy = anatomy_module.of(root) if adapters else None
+    for adapter in adapters:
+        if adapter.duty == "prompt":
+            host(adapter.site.module).rotates = rotates(adapter.site.module)
+        for path, duty in companions(adapter, anatomy):
+            module = anatomy.modules[path]
+            there = serve(module, path, name, duty, adapter)
+            state.hosts[path] = module
+            if adapter.duty == "fresh":
+                host(adapter.site.module).reaches = there.reachable
 
 
 def _missing(config: MethodConfig, site: Site) -> list[TrimtabError]:
@@ -316,60 +337,6 @@ def _freeze(root: nn.Module) -> list[tuple[nn.Module, str]]:
                 value.requires_grad_(False)
                 thawed.append((module, tensor))
     return thawed
-
-
-def detach(model: nn.Module, name: str) -> None:
-    """Take the adapter ``name`` off; with the last one the model is exactly as it was before the first attach.
-
-    Raises:
-        NoMatch: no such adapter.
-        Unsupported: it is merged (its update stands in the weights: unmerge first, or keep the merged weights with
-            ``tt.merge(model, name, permanent=True)``); or another adapter needs it.
-    """
-    root = unwrap(model)
-    state = state_of(root)
-    group = adapter_group(state, name)
-    if group.merged:
-        raise Unsupported(f"the adapter {name!r} is merged into the base; tt.unmerge(model, {name!r}) before detaching it")
-    if others := dependants(state, name):
-        raise Unsupported(f"the adapter {others[0]!r} needs {name!r}; tt.detach(model, {others[0]!r}) first")
-    remove_group(root, name)
-
-
-def remove_group(root: nn.Module, name: str) -> None:
-    """Take a group off without looking at whether it is merged."""
-    state = state_of(root)
-    group = state.groups.pop(name)
-    state.active = tuple(other for other in state.active if other != name)
-    paths = {path for adapter in group.adapters for path in (adapter.site.path, adapter.site.source_path) if path is not None}
-    for path in paths:
-        module = state.hosts[path]
-        if escape(name) in host(module)._modules:
-            dismount(module, name)
-        if "trimtab" not in module._modules:
-            del state.hosts[path]
-    state.refresh()
-    if not state.groups:
-        for module, tensor in state.thawed:
-            if module._parameters.get(tensor) is not None:
-                module._parameters[tensor].requires_grad_(True)
-        drop_state(root)
-
-
-def remove_adapters(root: nn.Module, name: str, gone: Collection[Adapter]) -> None:
-    """Take some of the adapters called ``name`` off; at least one stays."""
-    state = state_of(root)
-    group = state.groups[name]
-    group.adapters = [adapter for adapter in group.adapters if adapter not in gone]
-    for adapter in gone:
-        module = adapter.site.module
-        slots = host(module)._modules[escape(name)]._modules
-        del slots[adapter.site.slot]
-        if not slots:
-            dismount(module, name)
-        if "trimtab" not in module._modules:
-            del state.hosts[adapter.site.path]
-    state.refresh()
 
 
 def _table(name: str, rows: list[tuple[Site, MethodConfig, Adapter]]) -> Table:

@@ -334,15 +334,49 @@ class ActivationAdapter(Adapter):
 
 
 class TokenAdapter(Adapter):
-    """Learned tokens at a block's input, taken out again at its output."""
+    """Learned tokens beside the model's own: it states what they are, and where they come in.
+
+    Law: outputs have the base's shapes; the sequence's positions, masks and caches stay as they are; generation with a cache
+    equals generation without, with padding on either side.
+
+    ``entry(config)`` says where:
+
+    - ``"attention"``: ``keys_values()`` join in the self-attention of each targeted block. Every query sees them; they have no
+      position.
+    - ``"block"``: ``tokens()`` come in at each targeted block and end with it. In effect they are keys and values that the
+      block's own norm and projections make, and are run as such.
+    - ``"model"``: ``tokens()`` come in at the first targeted block and go on to the last. In a causal model, where they do not
+      depend on what follows, they are run once, alone, for the keys and values that the sequence sees; in others they are in
+      the sequence, in front, inside the blocks.
+    """
 
     targets = "block"
     kinds = frozenset({"module"})
+    identity_at_start = False
 
-    def insert(self, x: Tensor) -> Tensor:
-        """``(n, tokens, width) -> (n, tokens + p, width)``."""
+    @classmethod
+    def entry(cls, config: MethodConfig) -> str:
+        """Where the tokens come in: ``"attention"``, ``"block"`` or ``"model"``."""
         raise NotImplementedError
 
-    def remove(self, y: Tensor) -> Tensor:
-        """``(n, tokens + p, width) -> (n, tokens, width)``."""
+    def tokens(self) -> Tensor:
+        """The tokens, ``(p, width)``; for the entries ``"block"`` and ``"model"``."""
         raise NotImplementedError
+
+    def keys_values(self) -> tuple[Tensor, Tensor]:
+        """Keys ``(p, key width)`` and values ``(p, value width)``, all heads side by side; for the entry ``"attention"``."""
+        raise NotImplementedError
+
+    def gate(self) -> Tensor | None:
+        """A factor (1,): the keys and values get a softmax of their own, whose result is added; None: they share the softmax."""
+        return None
+
+    def folded(self) -> tuple[MethodConfig, dict[str, Tensor]] | None:
+        """A config and its adapter's tensors that act the same without what only training needs; None: there is nothing such."""
+        return None
+
+    @property
+    def duty(self) -> str:
+        """What the module that it stands at does for it (see ``trimtab.core.flows``)."""
+        entry = self.entry(self.config)
+        return {"attention": "beside", "block": "fresh"}.get(entry) or ("prompt" if self.site.role == "stack" else "enter")

@@ -1,31 +1,30 @@
-"""The child module ``trimtab`` beneath an adapted module, and the cached subclass that runs it.
+"""The child module ``trimtab`` beneath an adapted module: all adapters there, and the forward that runs them.
 
-A place keeps its module: its class is swapped for a subclass whose ``forward`` asks the host, and whose substituted
-parameters are properties (``module.bias`` then reads the adapted bias wherever it is read from, while ``_parameters`` and
-the state dict keep the base's own tensor).
+A place keeps its module: its class is swapped (``trimtab.core.mounting``) for a subclass whose ``forward`` asks the host, and
+whose substituted parameters are properties (``module.bias`` then reads the adapted bias wherever it is read from, while
+``_parameters`` and the state dict keep the base's own tensor).
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from trimtab.core import flows
 from trimtab.core.calls import first_of, first_tensor, handed, replace_first, replace_output, thread
 from trimtab.core.contracts import ActivationAdapter, Adapter, TokenAdapter
 from trimtab.core.errors import Unsupported
 from trimtab.core.kinds import PartOperation, Through, bias_site, weight_site
 from trimtab.core.site import Operation, Site, dense
+from trimtab.core.tokens import Acting, Extra, Without, passages
 
-__all__ = [
-    "BiasOf", "Host", "Slots", "WeightOf", "adapted_chain", "adapted_class", "dismount", "escape", "feed", "mount", "on_tensors",
-    "unescape", "whole_site",
-]  # fmt: skip
+__all__ = ["CHILD", "BiasOf", "Host", "Slots", "WeightOf", "adapted_chain", "escape", "on_tensors", "unescape", "whole_site"]
 
 CHILD = "trimtab"
-_CLASSES: dict[tuple[type, frozenset[str]], type] = {}
 
 
 def escape(name: str) -> str:
@@ -74,8 +73,17 @@ class Host(nn.Module):
         self.feeds: list[tuple[Host, str]] = []
         #: (path of another module, thread) -> its input and output in the forward that is running
         self.fed: dict[tuple[str, int], tuple[Tensor, Any]] = {}
-        self.tokens: list[TokenAdapter] = []
         self.route: Any = None
+        #: path of the module, which token passages know it by
+        self.path = ""
+        #: adapter name -> duties for token adapters that stand at other modules (trimtab.core.flows)
+        self.served: dict[str, list[tuple[str, TokenAdapter]]] = {}
+        #: duty -> the token adapters that act with it now
+        self.acting: dict[str, Acting] = {}
+        #: how an attention is reached: its function is asked from a registry; its scores are written out beside a cache; at all
+        self.redirected = self.cached = self.reachable = False
+        #: whether the attention of this block can be reached; whether this body's positions are rotations
+        self.reaches = self.rotates = False
         self.scale: Tensor | None = None
         self.damped = False
         # nn.TransformerEncoderLayer's inference shortcut reads its children's weights past their forward, unless a hook
@@ -97,7 +105,7 @@ class Host(nn.Module):
 
     def refresh(self, active: tuple[str, ...]) -> None:
         """Recompute what acts: O(adapters that act here)."""
-        self.whole, self.inputs, self.outputs, self.tokens = [], [], [], []
+        self.whole, self.inputs, self.outputs = [], [], []
         self.feeds = self.feeds_of(active)
         parts: dict[str, list[Adapter]] = {}
         tensors: dict[str, dict[str | None, list[Adapter]]] = {}
@@ -105,8 +113,8 @@ class Host(nn.Module):
             for adapter in self.adapters(name):
                 site = adapter.site
                 if isinstance(adapter, TokenAdapter):
-                    self.tokens.append(adapter)
-                elif isinstance(adapter, ActivationAdapter):
+                    continue
+                if isinstance(adapter, ActivationAdapter):
                     (self.inputs if adapter.at_input else self.outputs).append(adapter)
                 elif site.substitutes:
                     for each in on_tensors(adapter):
@@ -117,6 +125,29 @@ class Host(nn.Module):
                     self.whole.append(adapter)
         self.parts = list(parts.values())
         self.tensors = {tensor: list(chains.values()) for tensor, chains in tensors.items()}
+        duties: dict[str, list[TokenAdapter]] = {}
+        for name in active:
+            for duty, adapter in self.token_duties(name):
+                duties.setdefault(duty, []).append(adapter)
+        self.acting = {duty: Acting(adapters) for duty, adapters in duties.items()}
+
+    def token_duties(self, name: str) -> Iterator[tuple[str, TokenAdapter]]:
+        """What this module does for the token adapters called ``name``, which stand here or elsewhere."""
+        for adapter in self.adapters(name):
+            if isinstance(adapter, TokenAdapter):
+                yield adapter.duty, adapter
+        yield from self.served.get(name, ())
+
+    def duties(self) -> dict[str, Acting]:
+        """Duty -> the token adapters that act with it now, row by row if the batch is routed."""
+        return self.acting if self.route is None else self.route.acting
+
+    def extras(self, n: int) -> list[Extra]:
+        """Keys and values of the adapters that stand at this attention, for a batch of ``n``."""
+        acting = self.duties().get("beside")
+        if acting is None or any(isinstance(passage, Without) and passage.path == self.path for passage in passages()):
+            return []
+        return acting.extras(n)
 
     def feeds_of(self, names: tuple[str, ...]) -> list[tuple[Host, str]]:
         """Hosts where the adapters ``names`` read this module's input."""
@@ -125,6 +156,17 @@ class Host(nn.Module):
 
     def run(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         """The adapted forward of ``module``."""
+        acting = self.duties()
+        if not acting:
+            return self.without_tokens(module, args, kwargs)
+        y = flows.run(self, module, args, kwargs, acting, partial(self.without_tokens, module))
+        if self.scale is None or not (torch.compiler.is_compiling() or self.damped):
+            return y
+        plain = flows.plain(self, acting, partial(self.without_tokens, module), args, kwargs)
+        return y if plain is None else replace_output(y, lambda full: torch.lerp(plain, full, _rows(self.scale, full)))
+
+    def without_tokens(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        """The forward of ``module`` with all adapters but those of tokens."""
         feeds = self.feeds if self.route is None else self.route.feeds
         if not feeds:
             return self._run(module, args, kwargs) if self.route is None else self.route.run(self, module, args, kwargs)
@@ -147,7 +189,7 @@ class Host(nn.Module):
 
     def _run(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         base = module._trimtab_base.forward
-        inner = self.whole or self.parts or self.inputs or self.tokens
+        inner = self.whole or self.parts or self.inputs
         if not (inner or self.outputs):
             return base(module, *args, **kwargs)
         damped = self.scale is not None and (torch.compiler.is_compiling() or self.damped)
@@ -160,14 +202,10 @@ class Host(nn.Module):
 
     def _inner(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[Tensor, Any]:
         """The module's first input after what acts on it, and its output before what acts on that."""
-        for token in self.tokens:
-            args, kwargs = replace_first(args, kwargs, token.insert)
         for adapter in self.inputs:
             args, kwargs = replace_first(args, kwargs, lambda x, adapter=adapter: adapter(x, x))
         x = first_of(args, kwargs)
         y = self.contract(x) if self.whole or self.parts else module._trimtab_base.forward(module, *args, **kwargs)
-        for token in reversed(self.tokens):
-            y = replace_output(y, token.remove)
         return x, y
 
     def contract(self, x: Tensor) -> Tensor:
@@ -286,106 +324,3 @@ def _alone(scale: Tensor, value: Tensor, site: Site) -> Tensor:
     if scale.dim():
         raise Unsupported(f"{site.name} is one tensor for all rows of the batch, so that rows cannot have factors of their own")
     return scale.to(value.dtype)
-
-
-def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return self._modules[CHILD].run(self, args, kwargs)
-
-
-def _property(tensor: str) -> property:
-    def read(self: nn.Module) -> Tensor:
-        return self._modules[CHILD].substitute(self, tensor)
-
-    return property(read)
-
-
-def _reduce_ex(self: nn.Module, protocol: int) -> tuple:
-    """Pickle and deepcopy by the base class, since the subclass is made at run time."""
-    cls = type(self)
-    return _revive, (cls._trimtab_base, cls._trimtab_tensors), self.__dict__.copy()
-
-
-def _revive(base: type, tensors: frozenset[str]) -> nn.Module:
-    cls = adapted_class(base, tensors)
-    return cls.__new__(cls)
-
-
-class _Sequence:
-    """What an adapted nn.Sequential shows of its children: those that it runs, not its host."""
-
-    def _shown(self) -> dict[str, nn.Module]:
-        return {name: module for name, module in self._modules.items() if name != CHILD}
-
-    def __iter__(self) -> Any:
-        return iter(list(self._shown().values()))
-
-    def __len__(self) -> int:
-        return len(self._shown())
-
-    def __getitem__(self, index: Any) -> nn.Module:
-        if isinstance(index, slice):
-            return nn.Sequential(OrderedDict(list(self._shown().items())[index]))
-        return list(self._shown().values())[index]
-
-
-def adapted_class(base: type, tensors: frozenset[str]) -> type:
-    """The subclass of ``base`` that runs a host; cached, so that equal places have equal classes."""
-    key = (base, tensors)
-    if key not in _CLASSES:
-        body: dict[str, Any] = {
-            "__module__": base.__module__,
-            "__qualname__": base.__qualname__,
-            "__doc__": base.__doc__,
-            "_trimtab_base": base,
-            "_trimtab_tensors": tensors,
-            "forward": _forward,
-            "__reduce_ex__": _reduce_ex,
-        }
-        body.update({tensor: _property(tensor) for tensor in tensors})
-        bases = (_Sequence, base) if issubclass(base, nn.Sequential) else (base,)
-        _CLASSES[key] = type(base.__name__, bases, body)
-    return _CLASSES[key]
-
-
-def mount(module: nn.Module, name: str, adapter: Adapter) -> Host:
-    """Put ``adapter`` beneath ``module``; the module's class becomes (or stays) an adapted one."""
-    tensors = frozenset(each.site.tensor for each in on_tensors(adapter)) if adapter.site.substitutes else frozenset()
-    host = _hosted(module, tensors)
-    host.put(name, adapter.site.slot, adapter)
-    return host
-
-
-def feed(source: nn.Module, name: str, adapter: Adapter) -> None:
-    """Let ``adapter``, mounted already, read ``source``'s input."""
-    slots = _hosted(source, frozenset()).slots(name)
-    slots.feeds.append((adapter.site.module._modules[CHILD], adapter.site.source_path))
-
-
-def _hosted(module: nn.Module, tensors: frozenset[str]) -> Host:
-    """The host beneath ``module``, made if there is none, its class replacing ``tensors`` among others."""
-    base = getattr(type(module), "_trimtab_base", type(module))
-    tensors = getattr(type(module), "_trimtab_tensors", frozenset()) | tensors
-    host = module._modules.get(CHILD)
-    if host is None:
-        host = Host()
-        host.training = module.training
-        module._modules[CHILD] = host
-    module.__class__ = adapted_class(base, tensors)
-    _rebind_saved_forward(module)
-    return host
-
-
-def dismount(module: nn.Module, name: str) -> None:
-    """Take everything called ``name`` from beneath ``module``; the last one gives the module its own class back."""
-    host = module._modules[CHILD]
-    host._modules.pop(escape(name), None)
-    if not host._modules:
-        del module._modules[CHILD]
-        module.__class__ = type(module)._trimtab_base
-        _rebind_saved_forward(module)
-
-
-def _rebind_saved_forward(module: nn.Module) -> None:
-    """accelerate's hooks keep the bound forward of the class they met; point it at the present class's."""
-    if "_old_forward" in module.__dict__:
-        module._old_forward = type(module).forward.__get__(module)

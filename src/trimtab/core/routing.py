@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from trimtab.core.calls import first_of, replace_first, replace_output
-from trimtab.core.contracts import ActivationAdapter, Adapter
+from trimtab.core.contracts import ActivationAdapter, Adapter, TokenAdapter
 from trimtab.core.errors import Unsupported
 from trimtab.core.host import Host
 from trimtab.core.state import ModelState, host
+from trimtab.core.tokens import Acting
 
 __all__ = ["clear_routes", "set_routes"]
 
@@ -93,10 +94,11 @@ class Route:
 
     Attributes:
         count: number of rows.
-        families: rows by their adapters.
+        families: rows by their adapters, those of tokens left out.
         order: row number -> position in the families' rows.
         readers: adapters on the module's output, one for every module that some of them read.
         feeds: hosts where adapters of some row read this module's input.
+        acting: duty -> token adapters, row by row.
     """
 
     count: int
@@ -104,6 +106,7 @@ class Route:
     order: Tensor
     readers: list[ActivationAdapter]
     feeds: list[tuple[Host, str]]
+    acting: dict[str, Acting]
 
     def run(self, host: Host, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         """The module's output, each row through its own adapters.
@@ -165,7 +168,7 @@ def set_routes(state: ModelState, rows: list[tuple[str, ...]]) -> None:
     """Give every host its route for these rows.
 
     Raises:
-        Unsupported: an adapter acts by substitution or on tokens, where rows of a batch cannot be told apart.
+        Unsupported: an adapter acts by substitution, where rows of a batch cannot be told apart.
     """
     routes = {path: _route(module, rows) for path, module in state.hosts.items()}
     for path, route in routes.items():
@@ -183,7 +186,7 @@ def _route(module: nn.Module, rows: list[tuple[str, ...]]) -> Route:
     chains: dict[tuple[str, ...], Chain] = {}
     for row in rows:
         names = tuple(name for name in row if here.adapters(name))
-        chains[row] = tuple(a for name in names for a in here.adapters(name))
+        chains[row] = tuple(a for name in names for a in here.adapters(name) if not isinstance(a, TokenAdapter))
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     buckets: dict[Any, list[int]] = {}
     for number, row in enumerate(rows):
@@ -200,7 +203,18 @@ def _route(module: nn.Module, rows: list[tuple[str, ...]]) -> Route:
     acting = [a for family in families if family.run is not None for a in family.run.template.outputs]
     readers = {a.site.source_path: a for a in reversed(acting)}
     feeds = here.feeds_of(tuple({name for row in rows for name in row}))
-    return Route(len(rows), families, order, list(readers.values()), feeds)
+    return Route(len(rows), families, order, list(readers.values()), feeds, _duties(here, rows))
+
+
+def _duties(here: Host, rows: list[tuple[str, ...]]) -> dict[str, Acting]:
+    """The token adapters of each row by what the module does for them; a duty that no row asks for is left out."""
+    found: dict[str, list[tuple[TokenAdapter, ...]]] = {}
+    for number, row in enumerate(rows):
+        for name in row:
+            for duty, adapter in here.token_duties(name):
+                chains = found.setdefault(duty, [()] * len(rows))
+                chains[number] = (*chains[number], adapter)
+    return {duty: Acting(rows=chains) for duty, chains in found.items()}
 
 
 def _signature(chain: Chain) -> tuple:

@@ -190,6 +190,8 @@ class Site(Operation):
         gradient: dL/dW (or its squares) summed over batches, ``(out, in)``, only while a method that asks for it is being started.
         activation: root mean squares of the inputs (in,) and the outputs (out,) over tokens, likewise.
         head_size: channels of an attention head of its block, where that is known.
+        vocabulary: ``ids (p,) -> (p, width)``, what enters the first block for the model's own tokens, and their number; only
+            while a method that starts from them is being started.
         layer: tells methods apart that may stand at one place under one name; ``Adapter.layer`` of its method.
         stored: shapes of the tensors saved for this place, by name, only while a load rebuilds its adapter: for sizes
             that the data chose, and not the config.
@@ -211,6 +213,7 @@ class Site(Operation):
     gradient: Tensor | None = None
     activation: tuple[Tensor, Tensor] | None = None
     head_size: int | None = None
+    vocabulary: tuple[Callable[[Tensor], Tensor], int] | None = None
     layer: str = ""
     stored: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     source: nn.Module | None = None
