@@ -229,6 +229,8 @@ def place_entry(adapter: Adapter) -> dict[str, Any]:
     scale = getattr(adapter.config, "scale", None)
     if scale is not None:
         entry["scale"] = scale
+    if adapter.origin is not None:
+        entry["origin"] = list(adapter.origin)
     return entry | {"role": site.role, "block": site.block, "method": config_to_dict(adapter.config)}
 
 
@@ -298,7 +300,10 @@ def rebuild(root: nn.Module, manifest: dict[str, Any]) -> list[Adapter]:
             problems.append(error)
     raise_all(problems)
     stored = shapes_by_place(manifest["tensors"], [site for site, _ in adapters])
-    return [shapes_only(config, site, rng, shapes) for (site, config), shapes in zip(adapters, stored, strict=True)]
+    built = [shapes_only(config, site, rng, shapes) for (site, config), shapes in zip(adapters, stored, strict=True)]
+    for adapter, entry in zip(built, manifest["places"], strict=True):
+        adapter.origin = tuple(entry["origin"]) if "origin" in entry else None
+    return built
 
 
 def find_module(root: nn.Module, path: str) -> nn.Module:
