@@ -28,7 +28,7 @@ from trimtab.core.state import Group, adapter_group, shapes_by_place, state_of, 
 
 __all__ = [
     "FORMATS", "fill", "formats", "install", "load", "place_entry", "read_manifest", "read_tensors", "rebuild", "save",
-    "save_group", "site_of",
+    "save_group", "site_of", "write_folder",
 ]  # fmt: skip
 
 VERSION = 1
@@ -77,7 +77,7 @@ def save_group(group: Group, folder: Path, *, base: dict[str, Any], **more: Any)
         "base": base,
         **more,
     }
-    return _write(folder, unique, manifest)
+    return write_folder(folder, unique, manifest)
 
 
 def load(
@@ -234,7 +234,8 @@ def place_entry(adapter: Adapter) -> dict[str, Any]:
     return entry | {"role": site.role, "block": site.block, "method": config_to_dict(adapter.config)}
 
 
-def _write(folder: Path, tensors: dict[str, Tensor], manifest: dict[str, Any]) -> Path:
+def write_folder(folder: Path, tensors: dict[str, Tensor], manifest: dict[str, Any]) -> Path:
+    """Write tensors, then a manifest that lacks only their file's name and hash and its own seal."""
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f".adapter.{os.getpid()}.part"
     save_file(tensors, part, metadata={"format": "pt", "writer": "trimtab"})
