@@ -276,7 +276,7 @@ def test_bad_input_is_refused_in_sentences(tmp_path: Path) -> None:
     for options in ({"scope": "layer"}, {"coding": "zip"}, {"rest": "int3"}):
         with pytest.raises(tt.Unsupported, match="must be one of"):
             tt.compress(folder, out, **options)
-    with pytest.raises(tt.ShapeMismatch, match="keeps none of the 512 entries"):
+    with pytest.raises(tt.ShapeMismatch, match="keeps none of the 896 entries"):
         tt.compress(folder, out, density=0.001)
     with pytest.raises(tt.NoMatch, match="matches no tensor"):
         tt.compress(folder, out, keep=["classifier"])
