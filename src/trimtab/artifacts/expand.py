@@ -16,7 +16,7 @@ from trimtab.artifacts import starts
 from trimtab.artifacts.packed import Packed
 from trimtab.artifacts.sources import unpack_base
 from trimtab.artifacts.weights import Weights
-from trimtab.core import fingerprint
+from trimtab.core import cut, fingerprint
 from trimtab.core.checkpoint import VERSION, inspect, read_tensors, write_folder
 from trimtab.core.errors import CheckpointMismatch, ShapeMismatch, TrimtabError, Unsupported, raise_all
 from trimtab.core.state import adapter_group, state_of, unwrap
@@ -70,8 +70,7 @@ def adapter_manifest(packed: Packed) -> dict[str, Any]:
     tensors = {entry.key: {"shape": list(entry.shape), "dtype": entry.dtype} for entry in packed.entries}
     for key, source in stored["aliases"].items():
         tensors[key] = tensors[source]
-    rest = {key: stored[key] for key in ("name", "places", "aliases")}
-    return {"format": "trimtab", "version": VERSION, **rest, "tensors": tensors, "base": unpack_base(stored["base"])}
+    return {"format": "trimtab", "version": VERSION, **stored, "tensors": tensors, "base": unpack_base(stored["base"])}
 
 
 def _adapter_starts(packed: Packed, model: nn.Module | None, reference: Path | None) -> dict[str, Tensor]:
@@ -191,6 +190,7 @@ def exchange(model: nn.Module, packed: str | os.PathLike, *, name: str) -> None:
     group = adapter_group(state_of(root), name)
     opened = Packed(packed)
     manifest = adapter_manifest(opened)
+    cut.check(root, manifest, str(opened.path))
     fingerprint.compare(root, manifest["base"], str(opened.path))
     live = _live(group.adapters)
     values = adapter_tensors(opened, root)

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.artifacts import coding
-from trimtab.core import fingerprint
+from trimtab.core import cut, fingerprint
 from trimtab.core.checkpoint import FORMATS, install, rebuild
 from trimtab.core.contracts import Adapter
 from trimtab.core.errors import CheckpointMismatch, Unsupported
@@ -317,6 +317,7 @@ class _Format:
         packed = Packed(path)
         manifest = adapter_manifest(packed)
         packed.verify()
+        cut.check(root, manifest, str(path))
         adapters = rebuild(unwrap(root), manifest)
         fingerprint.compare(root, manifest["base"], str(path))
         return manifest["name"], adapters, adapter_tensors(packed, root)

@@ -22,6 +22,7 @@ from trimtab.core.registry import config_from_dict
 
 __all__ = ["Source", "from_adapter", "from_weights", "unpack_base"]
 
+OWN = ("format", "version", "tensors", "file", "sha256", "seal", "base")  # of a manifest: what is written anew
 BASE_TENSORS = 4  # of the base's sample in a manifest; 128 values tell two bases apart
 
 
@@ -136,9 +137,8 @@ def from_adapter(
         "sketch": starts.sketch(used) if used else [],
         "needs_base": any(entry.start == "base" for entry in entries),
         "source": manifest["sha256"],
-        "manifest": {"name": manifest["name"], "places": manifest["places"], "aliases": manifest["aliases"],
-                     "base": _pack_base(manifest["base"])},
-    }  # fmt: skip
+        "manifest": {key: value for key, value in manifest.items() if key not in OWN} | {"base": _pack_base(manifest["base"])},
+    }
     counted = {entry.key for entry in entries if entry.start != "zero"}
     return Source(entries, header, tensors.__getitem__, lambda key: known[key] if key in counted else None)
 

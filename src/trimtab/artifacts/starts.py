@@ -83,9 +83,11 @@ class _Place(Site):
 def _places(manifest: Mapping[str, Any]) -> list[Site]:
     found = []
     for entry in manifest["places"]:
+        config = config_from_dict(entry["method"])
         site = _Place(
             module=_NoModule(), path=entry["path"], tensor=entry["tensor"], shape=tuple(entry["shape"]), part=entry.get("part"),
             rows=Rows(*entry["rows"]) if "rows" in entry else None, role=entry.get("role"), block=entry.get("block"),
+            layer=type(config).adapter_class.layer(config), source_path=entry.get("source"),
         )  # fmt: skip
         site.kind = entry["kind"]
         found.append(site)

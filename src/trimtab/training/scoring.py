@@ -6,14 +6,13 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
+from rich.console import Console
 from torch import nn
 
 from trimtab import tasks
 from trimtab.core.errors import nearest
 from trimtab.training.config import load_config
 from trimtab.training.errors import ConfigError, RunError
-from trimtab.training.evaluation import _Prediction, forward_all
 from trimtab.training.run import CONFIG, INFO
 
 __all__ = ["scorer"]
@@ -42,13 +41,11 @@ def scorer(
     if name not in (*task.metrics, "loss"):
         raise ConfigError(f"the task {task.name} has no metric {name!r}{nearest(name, (*task.metrics, 'loss'))}")
     bundle = task.restore(config, json.loads((folder / INFO).read_text("utf-8")), on)
-    (examples,) = bundle.splits.values()
-    labels = np.array([example["labels"] for example in examples])
+    silent = Console(quiet=True)
 
     def score(model: nn.Module) -> float:
         """The metric of ``model``, which must be the one returned beside this function."""
-        outputs, loss = forward_all(bundle, examples, config.eval_batch_size)
-        values = {"loss": -float("nan" if loss is None else loss), **bundle.metrics(_Prediction(outputs, labels))}
-        return float(values[name])
+        value = float(task.evaluate(config, bundle, console=silent)[0][name])
+        return -value if name == "loss" else value
 
     return bundle.model, score
