@@ -12,6 +12,7 @@ A format is an object with
 
 from __future__ import annotations
 
+import trimtab.artifacts.packed
 import trimtab.compat.adapterhub
 import trimtab.compat.kohya
 import trimtab.compat.peft

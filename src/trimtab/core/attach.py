@@ -84,7 +84,10 @@ def attach(
         )
     _calibrate(root, assignments, loss)
     generator = _generator(rng)
+    seed = _fresh_seed(generator)
     adapters = [build_adapter(config, site, generator) for config, site in assignments]
+    for order, adapter in enumerate(adapters):
+        adapter.origin = None if seed is None else (seed, order)
     mount_group(root, name, adapters, trainable=trainable, check_gradients=check_gradients)
     state = state_of(root)
     if name not in state.active:
@@ -272,6 +275,14 @@ def _calibrate(root: nn.Module, assignments: list[Assignment], loss: Loss | None
 
 def _generator(rng: torch.Generator | None) -> torch.Generator:
     return rng if rng is not None else torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+
+
+def _fresh_seed(rng: torch.Generator) -> int | None:
+    """The seed of a generator that nothing has been drawn from yet, from which a start can be made again; else None."""
+    if rng.device.type != "cpu":
+        return None
+    seed = rng.initial_seed()
+    return seed if torch.equal(rng.get_state(), torch.Generator().manual_seed(seed).get_state()) else None
 
 
 def mount_group(root: nn.Module, name: str, adapters: list[Adapter], *, trainable: bool, check_gradients: bool = True) -> Group:

@@ -28,7 +28,7 @@ from trimtab.core.state import Group, adapter_group, shapes_by_place, state_of, 
 
 __all__ = [
     "FORMATS", "fill", "formats", "install", "load", "place_entry", "read_manifest", "read_tensors", "rebuild", "save",
-    "save_group", "site_of",
+    "save_group", "site_of", "write_folder",
 ]  # fmt: skip
 
 VERSION = 1
@@ -77,7 +77,7 @@ def save_group(group: Group, folder: Path, *, base: dict[str, Any], **more: Any)
         "base": base,
         **more,
     }
-    return _write(folder, unique, manifest)
+    return write_folder(folder, unique, manifest)
 
 
 def load(
@@ -229,10 +229,13 @@ def place_entry(adapter: Adapter) -> dict[str, Any]:
     scale = getattr(adapter.config, "scale", None)
     if scale is not None:
         entry["scale"] = scale
+    if adapter.origin is not None:
+        entry["origin"] = list(adapter.origin)
     return entry | {"role": site.role, "block": site.block, "method": config_to_dict(adapter.config)}
 
 
-def _write(folder: Path, tensors: dict[str, Tensor], manifest: dict[str, Any]) -> Path:
+def write_folder(folder: Path, tensors: dict[str, Tensor], manifest: dict[str, Any]) -> Path:
+    """Write tensors, then a manifest that lacks only their file's name and hash and its own seal."""
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f".adapter.{os.getpid()}.part"
     save_file(tensors, part, metadata={"format": "pt", "writer": "trimtab"})
@@ -298,7 +301,10 @@ def rebuild(root: nn.Module, manifest: dict[str, Any]) -> list[Adapter]:
             problems.append(error)
     raise_all(problems)
     stored = shapes_by_place(manifest["tensors"], [site for site, _ in adapters])
-    return [shapes_only(config, site, rng, shapes) for (site, config), shapes in zip(adapters, stored, strict=True)]
+    built = [shapes_only(config, site, rng, shapes) for (site, config), shapes in zip(adapters, stored, strict=True)]
+    for adapter, entry in zip(built, manifest["places"], strict=True):
+        adapter.origin = tuple(entry["origin"]) if "origin" in entry else None
+    return built
 
 
 def find_module(root: nn.Module, path: str) -> nn.Module:

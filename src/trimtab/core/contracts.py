@@ -103,7 +103,12 @@ class Adapter(nn.Module):
             axis: 0 for a factor (r, in), 1 for (out, r). Sizes are then read off the tensors, and scales off ``config.rank``.
         in_axes, out_axes: likewise, what carries the place's inputs and outputs, of a method that can follow its place when some
             of these are cut away, so that ``weight(W)`` of what is left is what is left of ``weight(W)``; None if it cannot.
+
+    Attributes:
+        origin: seed of the attach that made it and its place's number there, if that start can be made again from them.
     """
+
+    origin: tuple[int, int] | None = None
 
     targets: ClassVar[str] = "linear"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv", "grouped", "embedding", "bare"})
@@ -200,6 +205,10 @@ class Adapter(nn.Module):
     def resized(self) -> bool:
         """Whether a schedule has cut (or joined) ranks, so that there are not ``config.rank`` of them."""
         return any(getattr(self, name).shape[dim] != self.config.rank for name, dim in self.rank_axes.items())
+
+    def starts(self) -> Mapping[str, Tensor]:
+        """Start values of parameters that the adapter itself keeps, by the parameter's name. Default: none."""
+        return {}
 
     def rebuild(self) -> None:
         """Recreate non-persistent buffers from config and site; called after a load. Default: there are none."""

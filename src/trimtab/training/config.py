@@ -79,6 +79,8 @@ class TrainConfig(_Frozen):
         precision: of the forward pass (autocast); parameters stay fp32.
         eval_every, save_every: optimizer steps between evaluations and checkpoints; null is once an epoch.
         keep_checkpoints: how many of the newest checkpoints stay.
+        keep_adapters: of how many of the newest checkpoints the adapter alone stays in ``steps/`` when the run is complete,
+            for ``trimtab average``.
         metric: what decides which adapter is best: a metric of the task, higher is better; ``loss``, lower is better.
         patience: stop after this many evaluations without a better ``metric``; null never stops early.
         bucket: batches of rows of similar length (faster), drawn at random from windows of 50 batches.
@@ -114,6 +116,7 @@ class TrainConfig(_Frozen):
     eval_every: int | None = Field(None, ge=1)
     save_every: int | None = Field(None, ge=1)
     keep_checkpoints: int = Field(1, ge=1)
+    keep_adapters: int = Field(0, ge=0)
     metric: str = "accuracy"
     patience: int | None = Field(None, ge=1)
     bucket: bool = True

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-__all__ = ["as_table", "best_entry", "curve_of", "write_png"]
+__all__ = ["as_table", "best_entry", "curve_of", "record_of", "write_png"]
 
 WIDTH = 24  # characters of a bar
 
@@ -31,6 +31,26 @@ def best_entry(curve: Sequence[dict[str, float]], metric: str) -> dict[str, floa
         return None
     choose = min if metric == "loss" else max
     return choose(evaluated, key=lambda entry: entry[f"eval_{metric}"])
+
+
+def record_of(log_history: Sequence[dict[str, Any]], after: int, step: int) -> dict[str, float]:
+    """What was known of the adapter at ``step``: ``step``, the mean training ``loss`` since step ``after``, the last
+    training loss that was logged, and every ``eval_...`` value measured at this very step.
+
+    An entry of the log is the mean loss since the entry before it, so entries count by their steps.
+    """
+    record: dict[str, float] = {"step": step}
+    total, before = 0.0, 0
+    for entry in (entry for entry in curve_of(log_history) if entry["step"] <= step):
+        if "loss" in entry:
+            inside = entry["step"] - max(before, after)
+            total += entry["loss"] * max(inside, 0)
+            record["last_loss"], before = entry["loss"], entry["step"]
+        elif entry["step"] == step:
+            record |= {key: value for key, value in entry.items() if key.startswith("eval_")}
+    if before > after:
+        record["loss"] = total / (before - after)
+    return record
 
 
 def as_table(curve: Sequence[dict[str, float]], metric: str) -> Table:

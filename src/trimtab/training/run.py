@@ -12,6 +12,7 @@ The folder, all of it written atomically::
     result.json      metrics, sizes, times; its presence says that the run is complete
     curve.json, curve.png
     checkpoints/     while it runs; removed when it is complete
+    steps/           with keep_adapters: the adapters of the newest checkpoints
 """
 
 from __future__ import annotations

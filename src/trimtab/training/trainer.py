@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import shutil
 from pathlib import Path
@@ -25,18 +26,19 @@ from trimtab.core.checkpoint import save
 from trimtab.schedules.restoration import load
 from trimtab.schedules.run import Run
 from trimtab.tasks import Bundle
-from trimtab.training import processes
+from trimtab.training import curve, processes
 from trimtab.training.backward_step import BackwardOptimizer
 from trimtab.training.config import TrainConfig
 from trimtab.training.errors import ConfigError, RunError
-from trimtab.training.files import new_directory
+from trimtab.training.files import new_directory, write_text
 from trimtab.training.sampler import EpochSampler
 from trimtab.training.schedules import Moments, load_state, probes, save_state
 
-__all__ = ["AdapterTrainer", "arguments", "better", "last_checkpoint"]
+__all__ = ["AdapterTrainer", "arguments", "better", "kept_steps", "last_checkpoint"]
 
 ADAPTER = "adapter"
 IGNORED = -100  # the label that losses and transformers' count of labels leave out
+STEPS, RECORD = "steps", "record.json"  # adapters kept after the run, and what was measured when each was saved
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
@@ -111,6 +113,12 @@ def _without_labels(example: dict[str, Any]) -> dict[str, Any]:
 def last_checkpoint(folder: Path) -> str | None:
     """The newest whole checkpoint below ``folder``, or None."""
     return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+
+
+def kept_steps(folder: Path) -> dict[int, Path]:
+    """Optimizer step -> folder, for the adapters that ``keep_adapters`` left in ``folder``."""
+    found = {path: path.name.removeprefix("step-") for path in folder.glob("step-*")} if folder.is_dir() else {}
+    return {int(step): path for path, step in found.items() if step.isdigit()}
 
 
 def better(new: float, old: float | None, metric: str) -> bool:
@@ -290,9 +298,23 @@ class AdapterTrainer(Trainer):
             return
         for stale in sort_checkpoints(output_dir=str(folder))[: -self.run.keep_checkpoints]:
             shutil.rmtree(stale)
+        if self.run.keep_adapters:
+            self._keep(final / ADAPTER)
         for best in folder.glob("best-*"):
             if best.name != f"best-{self.state.best_global_step}":
                 shutil.rmtree(best)
+
+    def _keep(self, adapter: Path) -> None:
+        """Copy the checkpoint's adapter to ``steps/step-<n>``, with the metrics known by now; drop those beyond the newest."""
+        folder = Path(self.args.output_dir).parent / STEPS
+        kept = kept_steps(folder)
+        step = self.state.global_step
+        after = max((other for other in kept if other < step), default=0)
+        with new_directory(folder / f"step-{step}") as stage:
+            shutil.copytree(adapter, stage, dirs_exist_ok=True)
+            write_text(stage / RECORD, json.dumps(curve.record_of(self.state.log_history, after, step), indent=1) + "\n")
+        for old in sorted(kept_steps(folder))[: -self.run.keep_adapters]:
+            shutil.rmtree(kept[old])
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:

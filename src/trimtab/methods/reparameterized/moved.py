@@ -42,6 +42,9 @@ class MovedLowRank(LowRank):
         """``(B0, A0)``, shapes (out, r) and (r, in)."""
         raise NotImplementedError
 
+    def starts(self) -> dict[str, Tensor]:
+        return {"a": self.a0, "b": self.b0}
+
     def weight(self, W: Tensor) -> Tensor:
         return W + self.config.scale * (self.b @ self.a - self.b0 @ self.a0)
 

@@ -136,6 +136,9 @@ class SoKAAdapter(Reparameterization):
             self.register_buffer(name + "0", self.constant(value))
         self.thin, self.dense = KroneckerSum(self.shape), DenseKroneckerSum(self.shape)
 
+    def starts(self) -> dict[str, Tensor]:
+        return {"s": self.s0, "u": self.u0, "v": self.v0}
+
     @classmethod
     def check(cls, config: SoKA, site: Site) -> None:
         out, fan_in = site.shape[-2:]
