@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 from dataclasses import dataclass
@@ -118,6 +119,10 @@ def open_saved(path: str | os.PathLike, base: Base | None = None, **options: Any
 def _read(path: Path, kind: str, base: Base | None, options: dict[str, Any]) -> tuple[str, list[Adapter], dict[str, Tensor]]:
     """What the reader of a format finds; on a base of shapes alone once more with values, where a start is computed from them."""
     format = formats()[kind]
+    known = [p for p in inspect.signature(format.read).parameters if p not in ("root", "path", "folder", "trainable")]
+    strange = [key for key in options if key not in known]
+    if strange:
+        raise Unsupported(f"{path} is of the format {kind}, of which {', '.join(strange)} cannot be said")
     root = skeleton(format.places(path), "unknown") if base is None else base.root
     found = format.read(root, path, **options)
     places = {f"{a.site.path}.{a.site.slot}": a.site for a in found[1]}
