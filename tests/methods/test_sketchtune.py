@@ -54,23 +54,19 @@ def test_few_distinct_values_are_kept_to_the_bit():
         assert torch.equal(adapter.weight(place.weight), place.weight)
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
-def test_gradient_of_a_table_is_the_sum_over_its_codes(bits, deterministic):
+def test_gradient_of_a_table_is_the_sum_over_its_codes(bits):
     """Oracle 2: scattered, by autograd through the gather, and by one-hot products; sums over a group agree with dW's."""
     table, codes = random_sketch(6, 3, 8, bits)
     dW = torch.randn(6, 24, dtype=D)
-    torch.use_deterministic_algorithms(deterministic)
-    try:
-        got = to_table(dW, codes, bits)
-    finally:
-        torch.use_deterministic_algorithms(False)
+    got = to_table(dW, codes, bits)
     table.requires_grad_()
     dense_weight(table, codes, bits).backward(dW)
     hot = torch.nn.functional.one_hot(unpack(codes, bits).long(), 1 << bits).to(D)
     torch.testing.assert_close(got, table.grad)
     torch.testing.assert_close(got, torch.einsum("ogj,ogjc->ogc", dW.view(6, 3, 8), hot))
     torch.testing.assert_close(got.sum(-1), dW.view(6, 3, 8).sum(-1))
+    torch.testing.assert_close(sketch._masked_sums(dW.view(6, 3, 8), unpack(codes, bits), 1 << bits), got)
 
 
 def test_a_constant_moves_one_output_by_the_groups_input():
