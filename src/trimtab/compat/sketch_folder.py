@@ -150,10 +150,10 @@ def load_sketch(load: Callable[..., nn.Module], folder: str | Path, **options: A
 
     folder = Path(folder)
     manifest, tensors = read_all(folder)
+    dtype = options.pop("dtype", "auto")  # before the configuration takes it for one of its own
     given = options.pop("config", None)
     if given is None:
         given, options = AutoConfig.from_pretrained(folder, return_unused_kwargs=True, **options)
-    dtype = options.pop("dtype", "auto")
     if dtype == "auto":
         dtype = getattr(torch, manifest["source"]["dtype"])
     model = _class(load.__self__, given).from_pretrained(None, config=given, state_dict=tensors, dtype=dtype, **options)
