@@ -81,6 +81,7 @@ class BlockWalk:
         path = self.blocks[index]
         block = self.model.get_submodule(path)
         block.__dict__.pop("forward", None)
+        before = [(part._parameters, dict(part._parameters)) for part in block.modules()]
         self._fill(path, block, deep=True)
         waiting = list(targets) if learn is not None else []
         while waiting:
@@ -96,7 +97,8 @@ class BlockWalk:
         made = [self._run(path, number, {}) for number in range(len(self.batches))]
         self.outputs[stack] = made
         block.forward = lambda *args, **kwargs: self.outputs[stack][self.current]
-        block.to("meta")
+        for parameters, empty in before:  # nothing of the block's weights stays
+            parameters.update(empty)
 
     def _too_early(self, path: str) -> None:
         raise Unsupported(f"{path} runs before a block that stands before it: this model cannot be calibrated block by block")

@@ -112,6 +112,6 @@ def write_shard(file: Path, tensors: Mapping[str, Tensor]) -> str:
         else:
             flat[key] = value.contiguous()
     with new_file(file) as stage:
-        save_file(flat, stage, metadata={"format": "pt", "writer": "trimtab"})
+        save_file(flat, stage, metadata={"format": "pt"})  # one key: several would come in any order
         digest = sha256(stage)
     return digest

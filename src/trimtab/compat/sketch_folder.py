@@ -24,7 +24,10 @@ from torch import Tensor, nn
 from trimtab.compat.sketched import SketchedWeight
 from trimtab.core.errors import CheckpointMismatch, raise_all
 
-__all__ = ["CODES", "MANIFEST", "TABLE", "VERSION", "is_sketch", "load_sketch", "read_manifest", "read_shard", "seal", "sha256"]
+__all__ = [
+    "CODES", "FORMAT", "MANIFEST", "TABLE", "VERSION", "is_sketch", "load_sketch", "read_all", "read_manifest", "read_shard",
+    "seal", "sha256", "shapes_of_sketch",
+]  # fmt: skip
 
 VERSION = 1
 MANIFEST = "sketch.json"
@@ -164,6 +167,24 @@ def load_sketch(load: Callable[..., nn.Module], folder: str | Path, **options: A
         raise CheckpointMismatch(f"{folder} holds a {held}; {type(model).__name__} has none of the weights that are sketched there")
     for weight in weights:
         weight.requires_grad_(False)
+    return model
+
+
+def shapes_of_sketch(model: nn.Module, folder: str | Path, dtype: torch.dtype) -> nn.Module:
+    """Give ``model``, on the meta device, sketched weights of the layout that ``folder`` has, without values. Returns ``model``."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    known = dict(model.named_parameters())
+    for key, entry in read_manifest(Path(folder))["tensors"].items():
+        name = next((each for each in (key, prefix + key, key.removeprefix(prefix)) if each in known), None)
+        if name is None or "bits" not in entry:
+            continue
+        out, fan_in = entry["shape"][::-1] if entry["transposed"] else entry["shape"]
+        size = fan_in // entry["groups"] * entry["bits"] // 8
+        codes = torch.empty(out, entry["groups"], size, dtype=torch.uint8, device="meta")
+        table = torch.empty(out, entry["groups"], 1 << entry["bits"], dtype=dtype, device="meta")
+        weight = nn.Parameter(SketchedWeight(codes, table, transposed=entry["transposed"]), requires_grad=False)
+        path, _, last = name.rpartition(".")
+        model.get_submodule(path)._parameters[last] = weight
     return model
 
 
