@@ -44,7 +44,8 @@ def gpt2(folder: Path) -> Path:
 
 def t5(folder: Path) -> Path:
     torch.manual_seed(0)
-    config = T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0, pad_token_id=0)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    config = T5Config(vocab_size=64, decoder_start_token_id=0, pad_token_id=0, **sizes)
     T5Model(config).save_pretrained(folder)
     return folder
 

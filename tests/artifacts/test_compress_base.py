@@ -134,7 +134,7 @@ def test_peak_memory_is_about_a_shard(tmp_path, monkeypatch):
 
 
 def test_progress_is_shown(tmp_path):
-    console = Console(record=True, width=120, file=open(tmp_path / "log", "w"))  # noqa: SIM115
+    console = Console(record=True, width=120, file=open(tmp_path / "log", "w"))
     tt.compress_base(llama(tmp_path / "a"), tmp_path / "s", shard_bytes=8000, console=console)
     lines = console.export_text().splitlines()
     shares = [int(line.split(": ")[1].split()[0]) for line in lines]
@@ -232,8 +232,8 @@ def test_bad_requests(tmp_path, settings, error, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"bits": 9}, "1 to 8 bits"), ({"bits": 0}, "bits must be"), ({"groups": 1.5}, "groups must be"), ({"power": -1.0}, "not negative"),
-        ({"dtype": "int8"}, "auto, float32"), ({"restarts": 0, "groups": 0}, "2 problems"),
+        ({"bits": 9}, "1 to 8 bits"), ({"bits": 0}, "bits must be"), ({"groups": 1.5}, "groups must be"),
+        ({"power": -1.0}, "not negative"), ({"dtype": "int8"}, "auto, float32"), ({"restarts": 0, "groups": 0}, "2 problems"),
     ],
 )  # fmt: skip
 def test_bad_sketch(settings, message):

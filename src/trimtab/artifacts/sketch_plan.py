@@ -157,21 +157,24 @@ def make_plan(
 
 
 def _names(model: nn.Module, source: Source) -> dict[str, str]:
-    """Parameters and buffers that the checkpoint has one to one, under the model's prefix or without it."""
+    """Parameters and buffers that the checkpoint has one to one, under the model's prefix or without it; tied ones all alike."""
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    found = {}
-    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    found: dict[int, str] = {}
+    for name, value in tensors:
         for key in (name, name.removeprefix(prefix), prefix + name):
             if source.shapes.get(key) == tuple(value.shape):
-                found[name] = key
+                found.setdefault(id(value), key)
                 break
-    return found
+    return {name: found[id(value)] for name, value in tensors if id(value) in found}
 
 
 def _owners(names: dict[str, str], anatomy: Anatomy) -> dict[str, int]:
-    """Tensor -> index of its block."""
-    blocks = ((key, anatomy.block_of(name.rpartition(".")[0])) for name, key in names.items())
-    return {key: block for key, block in blocks if block is not None}
+    """Tensor -> index of its block; one that others outside of the block use as well belongs to none."""
+    found: dict[str, set[int | None]] = {}
+    for name, key in names.items():
+        found.setdefault(key, set()).add(anatomy.block_of(name.rpartition(".")[0]))
+    return {key: block for key, blocks in found.items() if len(blocks) == 1 for block in blocks if block is not None}
 
 
 def _matrices(

@@ -148,4 +148,6 @@ def skeleton(folder: Path) -> nn.Module:
             model: Any = cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
     except (OSError, ValueError) as error:
         raise ConfigError(f"transformers cannot build the model in {folder}: {str(error).splitlines()[0]}") from error
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()  # a tensor that goes to the meta device leaves its twin
     return model.eval().requires_grad_(False)
