@@ -108,7 +108,8 @@ class SketchedWeight(Tensor):
         change = _CHANGES.get(func)
         if change is not None:
             return change(*args, **kwargs)
-        if func in (aten.copy_.default, aten.set_.source_Tensor) and isinstance(args[0], cls):
+        written = (s.alias_info is not None and s.alias_info.is_write for s in func._schema.arguments)
+        if any(isinstance(value, cls) and write for value, write in zip(args, written, strict=False)):
             raise ShapeMismatch('a sketched weight cannot be written; replace the parameter, or merge into="dequantised"')
         args, kwargs = tree_map_only(cls, lambda w: w.dequantize(), (args, kwargs))
         return func(*args, **kwargs)
