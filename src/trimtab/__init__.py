@@ -75,6 +75,11 @@ _VERBS = {
     "Schedule": "trimtab.schedules.contract",
     "schedule": "trimtab.schedules.registry",
     "scheduled": "trimtab.schedules.run",
+    "load_base": "trimtab.training.models",
+    "compress_base": "trimtab.artifacts.compress_base",
+    "BaseSketch": "trimtab.artifacts.compress_base",
+    "expand_base": "trimtab.artifacts.expand_base",
+    "save_base": "trimtab.artifacts.expand_base",
 }
 
 

@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import trimtab as tt
-from trimtab.compat.sketched import SketchedWeight
+from trimtab.compat.sketched import SketchedWeight, dense_
+from trimtab.core.account import LiveBytes, stored_bytes
 from trimtab.core.errors import ShapeMismatch
 from trimtab.kernels.codes import pack, unpack
 from trimtab.kernels.sweep import codebook, nearest_codes
@@ -65,6 +66,7 @@ def test_bytes_are_codes_and_table():
     """Exactly out in b / 8 for the codes."""
     W = net(bits=2)[0].weight
     assert W.sketch_codes.nbytes == 16 * 32 * 2 / 8 and W.sketch_table.nbytes == 16 * 4 * 4
+    assert stored_bytes(W) == 128 + 256
     assert W.shape == (16, 32) and isinstance(W, nn.Parameter) and not W.requires_grad
 
 
@@ -90,9 +92,10 @@ def test_to_another_dtype_casts_the_table_alone():
     assert torch.equal(model[0].weight.sketch_codes, codes) and model(X.bfloat16()).dtype == torch.bfloat16
 
 
-def test_it_is_not_written():
+@pytest.mark.parametrize("write", [lambda W: W.copy_(torch.zeros(16, 32)), lambda W: W.mul_(2), lambda W: nn.init.zeros_(W)])
+def test_it_is_not_written(write):
     with pytest.raises(ShapeMismatch, match="cannot be written"):
-        net()[0].weight.copy_(torch.zeros(16, 32))
+        write(net()[0].weight)
 
 
 @pytest.mark.parametrize(
@@ -173,6 +176,62 @@ def test_another_methods_update_is_merged_by_nearest_values():
 def test_another_layout_than_the_bases_is_refused():
     with pytest.raises(ShapeMismatch, match=r"sketch of 4 bits and 1 groups.*SketchTune\(bits=4, groups=1\)"):
         tt.attach(net(), tt.SketchTune(bits=2), targets=["0"])
+
+
+def test_a_weight_that_is_stored_transposed():
+    """transformers' Conv1D: on codes, in value and input gradient; SketchTune and LoRA beside it; merged, unmerged, copied."""
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Conv1D(16, 32)).requires_grad_(False)
+    sketch = sketch_of(model[0].weight.t().contiguous(), groups=2)
+    model[0].weight = nn.Parameter(SketchedWeight(sketch.sketch_codes, sketch.sketch_table, transposed=True), requires_grad=False)
+    W, x, z = sketch.dequantize(), X.clone().requires_grad_(), X.clone().requires_grad_()
+    assert model[0].weight.shape == (32, 16)
+    y, want = model(x), z @ W.t() + model[0].bias
+    torch.testing.assert_close(y, want)
+    y.square().sum().backward()
+    want.square().sum().backward()
+    torch.testing.assert_close(x.grad, z.grad)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), copy.deepcopy(model).double().float()):
+        assert twin[0].weight.transposed and torch.equal(twin(X), model(X))
+    before = model(X)
+    for config in (tt.SketchTune(groups=2), tt.LoRA(rank=2)):
+        tt.attach(model, config, targets=["0"])
+        moved(model)
+        task = model(X)
+        tt.merge(model, "default", into="requantised" if isinstance(config, tt.SketchTune) else "dequantised")
+        torch.testing.assert_close(model(X), task)
+        tt.unmerge(model, "default")
+        tt.detach(model, "default")
+        assert torch.equal(model(X), before)
+
+
+def test_an_embedding_is_looked_up_by_row():
+    """And a head that is tied to it multiplies by it; nothing dense is made on the way."""
+    table = nn.Embedding(40, 32, padding_idx=0).requires_grad_(False)
+    table.weight = nn.Parameter(sketch_of(table.weight.detach()), requires_grad=False)
+    head = nn.Linear(32, 40, bias=False)
+    head.weight = table.weight
+    W, ids = table.weight.dequantize(), torch.tensor([[3, 39], [0, 3]])
+    with LiveBytes() as live:
+        rows = table(ids)
+    assert torch.equal(rows, W[ids]) and live.peak < W.nbytes / 2
+    torch.testing.assert_close(head(rows), W[ids] @ W.t())
+    narrow = nn.Embedding(40, 32, max_norm=0.5)
+    narrow.weight = table.weight
+    with pytest.raises(ShapeMismatch, match="cannot be written"):  # it would rescale rows in place
+        narrow(ids)
+
+
+def test_dense_again():
+    """Every sketched weight by its values; what was one tensor stays one."""
+    model = net()
+    model.append(nn.Linear(32, 16, bias=False))
+    model[3].weight = model[0].weight
+    want = model[0].weight.dequantize()
+    assert dense_(model) is model and type(model[0].weight) is nn.Parameter and model[3].weight is model[0].weight
+    assert torch.equal(model[0].weight, want) and not model[0].weight.requires_grad
 
 
 def test_functions_beside_linear_see_the_dense_values():

@@ -118,6 +118,16 @@ def test_training_equals_masked_training_of_the_dense_weight(config):
     assert torch.equal(adapter.weight(place.weight)[~mask], W0[~mask])
 
 
+def test_weight_decay_pulls_the_change_back_and_not_the_weight():
+    """Oracle 6: without a gradient, decay leads to the base; in place it would lead to zero."""
+    place = site(layer(8, 12))
+    adapter = build(INPUTS, place)
+    before = (adapter.weight(place.weight) - place.weight).detach()
+    adapter.d.grad = torch.zeros_like(adapter.d)
+    torch.optim.AdamW([adapter.d], lr=0.1, weight_decay=0.5).step()
+    torch.testing.assert_close(adapter.weight(place.weight) - place.weight, 0.95 * before)
+
+
 def test_saved_bytes_do_not_depend_on_the_width():
     """Oracle 7: tokens times k, of inputs of any width; outputs keep x."""
     for width in (64, 256):

@@ -140,6 +140,38 @@ def test_a_query_head_does_not_move_to_another_group():
         assert bool(gap < 1e-6) is holds
 
 
+HEAD = torch.randperm(8, generator=torch.Generator().manual_seed(2))  # another order of the channels of a head
+PAIRS = torch.tensor([1, 0, 2, 3, 5, 4, 6, 7])  # rotary pairs (i, i + 4) stay together
+PERMUTATIONS = [
+    # key-value heads, what moves (rows of q, k, v; columns of o; or the feed-forward's channels), whether the function stays
+    ("channels", 4, ("up", "gate", "down"), None, True), ("channels, grouped queries", 2, ("up", "gate", "down"), None, True),
+    ("heads", 4, ("q", "k", "v", "o"), None, True), ("v and o inside heads", 4, ("v", "o"), HEAD, True),
+    ("v and o inside heads, grouped queries", 2, ("v", "o"), HEAD, True), ("o alone", 4, ("o",), HEAD, False),
+    ("q and k inside heads", 4, ("q", "k"), HEAD, False), ("rotary pairs of q and k", 4, ("q", "k"), PAIRS, False),
+    ("q and k inside heads, grouped queries", 2, ("q", "k"), HEAD, False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "names", "inside", "holds"), [row[1:] for row in PERMUTATIONS], ids=[row[0] for row in PERMUTATIONS]
+)
+def test_which_permutations_keep_the_function(kv_heads, names, inside, holds):
+    """Oracle 2, row by row: why units are heads and channels; in float32 the function stays but for the order of summation."""
+    model = llama(kv_heads=kv_heads)
+    rng = torch.Generator().manual_seed(4)
+    channels, heads = torch.randperm(48, generator=rng), torch.tensor([2, 0, 3, 1])
+    order = {}
+    for name in names:
+        count = 4 if name in "qo" else kv_heads
+        grid = torch.arange(8 * count).view(count, 8)
+        order[name] = channels if name in ("up", "gate", "down") else (grid[heads] if inside is None else grid[:, inside]).flatten()
+    gap = (permuted(model, order)(IDS).logits - model(IDS).logits).abs().max()
+    assert gap < 1e-6 if holds else gap > 0.1
+    if holds and "down" in names:
+        narrow = model.float()
+        assert not torch.equal(permuted(narrow, order)(IDS).logits, narrow(IDS).logits)
+
+
 def sample(model):
     for part in IDS.split(1):
         yield model(part, labels=part).loss

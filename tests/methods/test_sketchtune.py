@@ -54,23 +54,19 @@ def test_few_distinct_values_are_kept_to_the_bit():
         assert torch.equal(adapter.weight(place.weight), place.weight)
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
-def test_gradient_of_a_table_is_the_sum_over_its_codes(bits, deterministic):
+def test_gradient_of_a_table_is_the_sum_over_its_codes(bits):
     """Oracle 2: scattered, by autograd through the gather, and by one-hot products; sums over a group agree with dW's."""
     table, codes = random_sketch(6, 3, 8, bits)
     dW = torch.randn(6, 24, dtype=D)
-    torch.use_deterministic_algorithms(deterministic)
-    try:
-        got = to_table(dW, codes, bits)
-    finally:
-        torch.use_deterministic_algorithms(False)
+    got = to_table(dW, codes, bits)
     table.requires_grad_()
     dense_weight(table, codes, bits).backward(dW)
     hot = torch.nn.functional.one_hot(unpack(codes, bits).long(), 1 << bits).to(D)
     torch.testing.assert_close(got, table.grad)
     torch.testing.assert_close(got, torch.einsum("ogj,ogjc->ogc", dW.view(6, 3, 8), hot))
     torch.testing.assert_close(got.sum(-1), dW.view(6, 3, 8).sum(-1))
+    torch.testing.assert_close(sketch._masked_sums(dW.view(6, 3, 8), unpack(codes, bits), 1 << bits), got)
 
 
 def test_a_constant_moves_one_output_by_the_groups_input():
@@ -160,7 +156,10 @@ def test_counts():
     """Oracle 10: all seven matrices of every block; and the codes' bytes are out in b / 8."""
     for groups, want in ((1, 21_757_952), (2, 43_515_904), (4, 87_031_808), (8, 174_063_616)):
         assert count(SketchTune(groups=groups), LLAMA_7B) == want
-    assert round(count(SketchTune(), LLAMA_13B) / 1e6, 1) == 34.1 and round(count(SketchTune(), LLAMA_3_8B) / 1e6, 1) == 22.0
+    printed = ((1, 34.1, 22.0), (2, 68.2, 44.0), (4, 136.3, 88.1), (8, 272.6, 176.2))
+    for groups, larger, newer in printed:
+        assert round(count(SketchTune(groups=groups), LLAMA_13B) / 1e6, 1) == larger
+        assert round(count(SketchTune(groups=groups), LLAMA_3_8B) / 1e6, 1) == newer
     for bits in (2, 3, 4):
         adapter = build(SketchTune(bits=bits), site(layer(16, 64)))
         assert adapter.codes.nbytes == 16 * 64 * bits / 8
@@ -195,6 +194,31 @@ def test_a_step_of_the_table_is_a_step_of_the_shared_weights(tmp_path):
     torch.testing.assert_close(fresh(x), model(x), rtol=0, atol=0)
 
 
+def test_the_sum_into_a_table_is_deterministic_on_a_cpu():
+    """Where deterministic algorithms are asked for, the scattered addition is used as well: nothing forbids it, bits repeat."""
+    table, codes = random_sketch(64, 1, 4096, 2, torch.float32)
+    dW = torch.randn(64, 4096)
+    threads = torch.get_num_threads()
+    torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(2)
+    try:
+        first = to_table(dW, codes, 2)
+        assert all(torch.equal(to_table(dW, codes, 2), first) for _ in range(5))
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(False)
+
+
+def test_tables_of_another_shape_or_layer_are_refused(tmp_path):
+    model = nn.Sequential(nn.Linear(32, 16), nn.Linear(16, 16))
+    tt.attach(model, SketchTune(bits=2), targets=["0"])
+    tt.save(model, tmp_path / "a")
+    with pytest.raises(ShapeMismatch, match="0 is 8x32 in this model; the adapter was made for 16x32"):
+        tt.load(nn.Sequential(nn.Linear(32, 8)), tmp_path / "a")
+    with pytest.raises(tt.NoMatch, match="acts on 0, which this model does not have"):
+        tt.load(nn.ModuleDict({"fc": nn.Linear(32, 16)}), tmp_path / "a")
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [({"bits": 9}, "1 to 8 bits"), ({"bits": 0}, "at least 1"), ({"groups": 0}, "at least 1"), ({"restarts": 0}, "at least 1")],
@@ -210,6 +234,10 @@ def test_bad_input():
         check(SketchTune(groups=3), site(layer(4, 32)))
     with pytest.raises(ShapeMismatch, match="do not fill whole bytes; pad them by 4 to 16"):
         check(SketchTune(bits=3), site(layer(4, 12)))
+    broken = nn.Sequential(nn.Linear(16, 4))
+    broken[0].weight.data[1, 2] = torch.nan
+    with pytest.raises(ShapeMismatch, match="NaN or infinite values"):
+        tt.attach(broken, SketchTune(bits=2), targets=["0"])
     with pytest.warns(UserWarning, match="small steps change nothing"):
         tt.attach(nn.Sequential(nn.Linear(16, 4)), SketchTune(bits=2), targets=["0"], dtype=torch.bfloat16)
     with warnings.catch_warnings():

@@ -1,4 +1,5 @@
-"""The command line. One file a command: ``trimtab/cli/<name>.py`` holds the function ``command``, its docstring the help.
+"""The command line. One file a command: ``trimtab/cli/<name>.py`` holds the function ``command``, its docstring the help; an
+underscore in the file's name is a hyphen in the command's.
 
 A new command is a new file; nothing else changes. A folder is a group: ``cli/audit/contamination.py`` is ``trimtab audit
 contamination``, and the folder's docstring the group's help. Files import what is heavy inside ``command``, so that ``trimtab
@@ -32,7 +33,7 @@ def _below(path: Sequence[str], package: str, group: str) -> Iterator[tuple[str,
         if found.ispkg:
             yield from _below(importlib.import_module(module).__path__, module, f"{group}{found.name} ")
         else:
-            yield f"{group}{found.name}", module
+            yield f"{group}{found.name}".replace("_", "-"), module
 
 
 def _app():

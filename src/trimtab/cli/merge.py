@@ -59,8 +59,8 @@ def command(
     _unfit({"--rank": rank, "--name": name, "--format": None if format == "trimtab" else format}, kind == "adapter", kind)
     _unfit({"--into": into, "--untie": untie or None}, kind == "model", kind)
     common: dict[str, Any] = {"weights": numbers, "rule": rule, "max_error": max_error, "seed": seed, **more}
-    if kind == "model" and [_cut(path) for path in adapters] == [True]:
-        print(_merge_cut(adapters[0], base, out, max_error=max_error, untie=untie))
+    if kind == "model" and len(adapters) == 1 and _needs_modules(adapters[0], base):
+        print(_merge_modules(adapters[0], base, out, into=into, max_error=max_error, untie=untie))
     elif kind == "model":
         print(merge_checkpoint(adapters, base, out=out, into=into, untie=untie, **common))
     else:
@@ -68,31 +68,38 @@ def command(
     print(f"wrote {out}")
 
 
-def _cut(path: Path) -> bool:
-    """Whether the adapter was trained on a base that units were cut out of."""
+def _needs_modules(adapter: Path, base: str) -> bool:
+    """Whether only modules know how to merge: an adapter of a base that units were cut out of, or a base that is a sketch."""
+    from trimtab.compat.sketch_folder import is_sketch
     from trimtab.core.checkpoint import MANIFEST, inspect
+    from trimtab.training.models import resolve
 
-    return (path / MANIFEST).is_file() and "cut" in inspect(path)
+    return is_sketch(resolve(base)) or ((adapter / MANIFEST).is_file() and "cut" in inspect(adapter))
 
 
-def _merge_cut(adapter: Path, base: str, out: Path, *, max_error: float | None, untie: bool) -> Any:
-    """The whole base with zeros where units were cut out for the adapter; in memory, since the cut is made on modules."""
+def _merge_modules(adapter: Path, base: str, out: Path, *, into: str | None, max_error: float | None, untie: bool) -> Any:
+    """Merge in memory; where units were cut out for the adapter, the whole base gets zeros."""
     import transformers
 
     import trimtab as tt
+    from trimtab.compat.sketch_folder import is_sketch
+    from trimtab.compat.sketched import dense_
     from trimtab.core.checkpoint import inspect
     from trimtab.core.errors import NotMergeable
     from trimtab.schedules.restoration import load
     from trimtab.training.files import new_directory
-    from trimtab.training.models import load_pretrained
+    from trimtab.training.models import load_pretrained, resolve
 
     if out.exists():
         raise NotMergeable(f"{out} exists already; choose another folder for the merged model")
     cls = getattr(transformers, inspect(adapter)["base"]["class"], transformers.AutoModel)
     model = load_pretrained(cls.from_pretrained, base)
-    report = tt.merge(model, load(model, adapter, mode="mask"), max_error=max_error, untie=untie, permanent=True)
+    report = tt.merge(model, load(model, adapter, mode="mask"), into=into, max_error=max_error, untie=untie, permanent=True)
+    if is_sketch(resolve(base)) and into == "requantised":
+        tt.save_base(model, resolve(base), out)
+        return report
     with new_directory(out) as draft:
-        model.save_pretrained(draft)
+        dense_(model).save_pretrained(draft)
         load_pretrained(transformers.AutoTokenizer.from_pretrained, base).save_pretrained(draft)
     return report
 

@@ -26,6 +26,7 @@ def command(
     import torch
     import yaml
 
+    from trimtab.cli._sizes import parse_bytes
     from trimtab.core.errors import Unsupported, nearest
     from trimtab.core.registry import config_from_dict
     from trimtab.training.plan import plan
@@ -42,22 +43,9 @@ def command(
     config = config_from_dict({"name": method, **values})
     found = plan(
         model, config, batch=batch, length=length, targets=targets, dtype=dtypes[dtype], optimizer=optimizer,
-        memory=None if memory is None else _bytes(memory), checkpointing=checkpointing,
+        memory=None if memory is None else parse_bytes(memory), checkpointing=checkpointing,
     )  # fmt: skip
     print(f"{config} on {model}, {batch} x {length} tokens, {dtype}")
     print(found)
     if places:
         print(found.places)
-
-
-def _bytes(text: str) -> int:
-    """Bytes of ``24GiB``, ``512MB`` or a plain number."""
-    from trimtab.core.errors import Unsupported
-
-    units = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "": 1}
-    number = text.rstrip("KMGTiB").strip()
-    unit = text[len(text.rstrip("KMGTiB")) :]
-    try:
-        return int(float(number) * units[unit])
-    except (KeyError, ValueError):
-        raise Unsupported(f"a memory size is written as 24GiB or 512MB; found {text!r}") from None

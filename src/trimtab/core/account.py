@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-__all__ = ["LiveBytes", "Saved", "count_flops", "saved_bytes"]
+__all__ = ["LiveBytes", "Saved", "count_flops", "saved_bytes", "stored_bytes"]
 
 
 def _as_registered(count: Callable[..., int]) -> Callable[..., int]:
@@ -63,13 +63,27 @@ class Saved:
 
 
 def storages(module: nn.Module) -> set[int]:
-    """Identities of the storages of a module's parameters and buffers."""
-    tensors = [*module.parameters(), *module.buffers()]
+    """Identities of the storages of a module's parameters and buffers; of a wrapper's (a quantised weight) those inside it."""
+    tensors = [part for tensor in (*module.parameters(), *module.buffers()) for part in _parts(tensor)]
     return {tensor.untyped_storage()._cdata for tensor in tensors if _plain(tensor)}
+
+
+def _parts(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensors that a wrapper is made of, or ``tensor`` itself."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _parts(getattr(tensor, name))
 
 
 def _plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, nn.Parameter, nn.Buffer)
+
+
+def stored_bytes(tensor: Tensor) -> int:
+    """Bytes that ``tensor`` takes: of the tensors that it is made of where it is a wrapper (a quantised weight)."""
+    return sum(part.numel() * part.element_size() for part in _parts(tensor))
 
 
 @contextmanager

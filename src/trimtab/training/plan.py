@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 import trimtab as tt
-from trimtab.core.account import LiveBytes, count_flops, saved_bytes
+from trimtab.core.account import LiveBytes, count_flops, saved_bytes, stored_bytes
 from trimtab.core.errors import Unsupported, nearest
 from trimtab.core.table import Table
 
@@ -118,7 +118,7 @@ def plan(
     base = _on_meta(model, dtype)
     inputs = _inputs(base, batch, length)
     floor = _floor(base, inputs)
-    weights = sum(p.numel() * p.element_size() for p in base.parameters())
+    weights = sum(stored_bytes(p) for p in base.parameters())
     count = sum(p.numel() for p in base.parameters())
     places = tt.attach(base, method, targets=targets, layers=layers, check_gradients=False)
     if checkpointing:
@@ -159,14 +159,17 @@ def _on_meta(model: str | nn.Module, dtype: torch.dtype) -> nn.Module:
         return copy.deepcopy(model).to("meta")
     import transformers
 
-    from trimtab.training.models import load_pretrained
+    from trimtab.compat.sketch_folder import is_sketch, shapes_of_sketch
+    from trimtab.training.models import load_pretrained, resolve
 
     config = load_pretrained(transformers.AutoConfig.from_pretrained, model)
     name = (config.architectures or ["AutoModel"])[0]
     cls = getattr(transformers, name, transformers.AutoModel)
     with torch.device("meta"):
         built = cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
-    return built.to(dtype)
+    built.to(dtype)
+    folder = resolve(model)
+    return shapes_of_sketch(built, folder, dtype) if is_sketch(folder) else built
 
 
 def _inputs(model: nn.Module, batch: int, length: int) -> dict[str, Tensor]:
