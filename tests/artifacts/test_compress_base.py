@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, GPT2LMHe
 import trimtab as tt
 from trimtab.artifacts import compress_base
 from trimtab.artifacts.sketch_writer import SketchWriter
-from trimtab.artifacts.source import skeleton
+from trimtab.artifacts.source import empty_model
 from trimtab.compat.sketched import SketchedWeight
 from trimtab.core.account import LiveBytes
 from trimtab.core.errors import CheckpointMismatch, NoMatch, ShapeMismatch, Unsupported
@@ -121,8 +121,8 @@ def test_peak_memory_is_about_a_shard(tmp_path, monkeypatch):
         peaks = []
         for layers in (1, 4):
             source = tmp_path / f"a{layers}"
-            known = skeleton(source if source.exists() else llama(source, layers=layers))
-            monkeypatch.setattr(compress_base, "skeleton", lambda folder, known=known: known)  # counted as if it had values
+            known = empty_model(source if source.exists() else llama(source, layers=layers))
+            monkeypatch.setattr(compress_base, "empty_model", lambda folder, known=known: known)  # counted as if it had values
             with LiveBytes() as live, warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 tt.compress_base(
@@ -250,10 +250,10 @@ def test_bad_sources(tmp_path):
         tt.compress_base(tmp_path / "s", tmp_path / "t")
     bare = shutil.copytree(source, tmp_path / "bare")
     (bare / "model.safetensors").rename(bare / "pytorch_model.bin")
-    with pytest.raises(ConfigError, match="save_pretrained it, which writes safetensors"):
+    with pytest.raises(CheckpointMismatch, match="holds no safetensors checkpoint.*save it again, which writes safetensors"):
         tt.compress_base(bare, tmp_path / "t")
     (bare / "model.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(CheckpointMismatch, match="no readable safetensors"):
+    with pytest.raises(CheckpointMismatch, match="model.safetensors is no safetensors file"):
         tt.compress_base(bare, tmp_path / "t")
     config = json.loads((source / "config.json").read_text()) | {"quantization_config": {"quant_method": "bitsandbytes"}}
     (source / "config.json").write_text(json.dumps(config))

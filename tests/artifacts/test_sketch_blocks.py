@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from sketch_models import BATCHES, bert, gpt2, llama, sketched, t5, weight_files
 from test_compress_base import Interrupted, interrupt
 from torch import nn
@@ -25,6 +26,13 @@ LLAMA = [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_at
 BERT = [["attention.self.query", "attention.self.key", "attention.self.value"], ["attention.output.dense"], ["intermediate.dense"],
         ["output.dense"]]  # fmt: skip
 GPT2 = [["attn.c_attn"], ["attn.c_proj"], ["mlp.c_fc"], ["mlp.c_proj"]]
+
+
+def mixtral(folder: Path) -> Path:
+    config = MixtralConfig(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+                           num_key_value_heads=1, num_local_experts=2)  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(folder)
+    return folder
 
 
 def reference(source: Path, sketch: tt.BaseSketch, sets: list[list[str]], blocks: str, batches: list) -> dict[str, torch.Tensor]:
@@ -68,8 +76,11 @@ def _layers(model: nn.Module, block: str, names: list[str]) -> list[nn.Module]:
 
 @pytest.mark.parametrize(
     ("make", "sets", "blocks"),
-    [(llama, LLAMA, "model.layers.{}"), (bert, BERT, "encoder.layer.{}"), (gpt2, GPT2, "transformer.h.{}")],
-)
+    [
+        (llama, LLAMA, "model.layers.{}"), (bert, BERT, "encoder.layer.{}"), (gpt2, GPT2, "transformer.h.{}"),
+        (mixtral, LLAMA[:2], "model.layers.{}"),
+    ],
+)  # fmt: skip
 def test_block_by_block_is_what_a_loop_over_the_whole_model_gives(tmp_path, make, sets, blocks):
     """Layers in the order of the block, inputs from compressed layers, q, k and v on one set of moments."""
     source, sketch = make(tmp_path / "a"), tt.BaseSketch(bits=2, groups=2, restarts=2)
@@ -122,22 +133,24 @@ def test_models_without_blocks(tmp_path):
     assert {row["tensor"]: row["tokens"] for row in table} == {"lm_head.weight": 0, "model.layers.0.mlp.down_proj.weight": 72}
 
 
-def mixtral(folder: Path) -> Path:
-    config = MixtralConfig(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-                           num_key_value_heads=1, num_local_experts=2)  # fmt: skip
-    MixtralForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
 def test_a_checkpoint_that_is_converted_on_loading(tmp_path):
-    """Expert banks have no tensor of their own: they stay dense; with data, the model is refused."""
+    """Expert banks have no tensor of their own, and stay dense."""
     source = mixtral(tmp_path / "a")
-    tt.compress_base(source, tmp_path / "s")
+    tt.compress_base(source, tmp_path / "s", sketch=tt.BaseSketch(restarts=1), calibration=BATCHES[:1])
     assert {key.split(".")[-2] for key in sketched(tmp_path / "s")} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     model, plain = tt.load_base(tmp_path / "s").eval(), tt.load_base(tt.expand_base(tmp_path / "s", tmp_path / "d")).eval()
     torch.testing.assert_close(model(**BATCHES[0]).logits, plain(**BATCHES[0]).logits, rtol=1e-5, atol=1e-5)
-    with pytest.raises(Unsupported, match=r"no tensor of its own for model.layers.0.mlp.*sketch it without calibration data"):
-        tt.compress_base(source, tmp_path / "t", calibration=BATCHES)
+
+
+def test_a_checkpoint_that_lacks_a_tensor(tmp_path):
+    """Without data it is sketched as it is; with data, the model cannot run."""
+    source = llama(tmp_path / "a")
+    tensors = load_file(source / "model.safetensors")
+    del tensors["model.layers.1.input_layernorm.weight"]
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    tt.compress_base(source, tmp_path / "s", sketch=tt.BaseSketch(restarts=1, bits=1))
+    with pytest.raises(Unsupported, match=r"no tensor for model.layers.1.input_layernorm.weight.*without calibration data"):
+        tt.compress_base(source, tmp_path / "t", sketch=tt.BaseSketch(restarts=1, bits=1), calibration=BATCHES[:1])
 
 
 def test_a_block_that_does_not_take_its_predecessors_output(tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from trimtab.artifacts.sketch_blocks import BlockWalk
 from trimtab.artifacts.sketch_plan import BaseSketch, Plan, Shard, Targets, make_plan
 from trimtab.artifacts.sketch_writer import SketchWriter
-from trimtab.artifacts.source import Source, skeleton
+from trimtab.artifacts.source import Source, empty_model
 from trimtab.compat.sketched import SketchedWeight
 from trimtab.core.errors import CheckpointMismatch, Unsupported
 from trimtab.core.table import Table
@@ -75,8 +75,8 @@ def compress_base(
     batches = None if calibration is None else [dict(batch) for batch in calibration]
     if batches is not None and not batches:
         raise Unsupported("the calibration data is empty; give at least one batch, or none at all")
-    known = skeleton(source.folder)
-    plan = make_plan(source, known, sketch, targets=targets, shard_bytes=shard_bytes, walked=batches is not None)
+    empty, walked = empty_model(source.folder), batches is not None
+    plan = make_plan(source, empty, sketch, targets=targets, shard_bytes=shard_bytes, walked=walked)
     named = targets is None or isinstance(targets, (str, list, tuple))
     settings = asdict(sketch) | {
         "targets": (list(targets) if isinstance(targets, tuple) else targets) if named else list(plan.matrices),
@@ -138,9 +138,12 @@ class _Work:
 
     def value(self, name: str) -> Tensor | None:
         """A parameter or buffer of the model as the finished sketch will have it; a matrix that is not sketched yet as it is."""
-        key = self.plan.names.get(name)
-        if key is None:
-            return None
+        if name in self.plan.names:
+            return self._value(self.plan.names[name])
+        group = self.plan.weights.groups.get(name)
+        return None if group is None else self.plan.weights.read(group, self._value)[name]  # stacked experts, say
+
+    def _value(self, key: str) -> Tensor:
         if key in self.made:
             found = self.made[key]
         elif key in self.writer.manifest["tensors"]:
@@ -183,7 +186,7 @@ class _Work:
         sketch, matrix = self.plan.sketch, self.plan.matrices[key]
         stored = self.plan.source.read(key)
         if not bool(torch.isfinite(stored).all()):
-            raise CheckpointMismatch(f"{key} in {self.plan.source.files[key]} holds NaN or infinite values; download it again")
+            raise CheckpointMismatch(f"{key} in {self.plan.source.where[key].file} holds NaN or infinite values; download it again")
         W = (stored.t() if matrix.transposed else stored).to(self.device, torch.float32)
         seed = hashlib.sha256(f"{sketch.seed}:{key}".encode()).digest()
         rng = torch.Generator().manual_seed(int.from_bytes(seed[:7], "big"))  # a tensor's own, whatever was made before it
@@ -221,7 +224,7 @@ def _facts_of(batches: list[dict[str, Tensor]]) -> dict[str, Any]:
 @contextmanager
 def _progress(plan: Plan, console: Console) -> Iterator[Any]:
     """``advance(key, shard)`` after a tensor, ``advance(None, shard)`` after a shard; a line a shard where there is no bar."""
-    total = sum(plan.source.nbytes(key) for key in plan.source.files)
+    total = sum(map(plan.source.nbytes, plan.source.where))
     columns = (TextColumn("compressing"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     bar = Progress(*columns, TextColumn("{task.fields[note]}"), console=console, disable=not console.is_terminal)
     counted: dict[str, int] = {}

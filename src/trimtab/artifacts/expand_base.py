@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from trimtab.artifacts.sketch_writer import write_shard
+from trimtab.artifacts.sketch_writer import write_shard, write_tensors
 from trimtab.compat.sketch_folder import MANIFEST, read_manifest, read_shard, seal
 from trimtab.compat.sketched import SketchedWeight
 from trimtab.core.errors import CheckpointMismatch, Unsupported
@@ -41,7 +40,7 @@ def expand_base(sketch: str | Path, out: str | Path) -> Path:
             stored = read_shard(folder, manifest, name)
             tensors = {key: _dense(value, manifest["tensors"][key]["dtype"]) for key, value in stored.items()}
             file = "model.safetensors" if whole else f"model-{number:05d}-of-{len(names):05d}.safetensors"
-            save_file(tensors, stage / file, metadata={"format": "pt"})
+            write_tensors(stage / file, tensors)
             index.update(dict.fromkeys(tensors, file))
             size += sum(value.nbytes for value in tensors.values())
         if not whole:

@@ -119,8 +119,8 @@ class BlockWalk:
                         tensors[key] = nn.Parameter(value, requires_grad=False) if isinstance(old, nn.Parameter) else value
                     elif isinstance(old, nn.Parameter) and old.is_meta:
                         raise Unsupported(
-                            f"the checkpoint has no tensor of its own for {full}: this model cannot be calibrated block by block; "
-                            "sketch it without calibration data"
+                            f"the checkpoint has no tensor for {full}, so that the model cannot be run; sketch it without "
+                            "calibration data"
                         )
                     elif old is not None and old.device != self.device:
                         tensors[key] = old.to(self.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 from trimtab.artifacts.source import Source
+from trimtab.compat.weight_names import WeightNames
 from trimtab.core import anatomy as anatomy_module
 from trimtab.core.anatomy import Anatomy
 from trimtab.core.errors import NoMatch, ShapeMismatch, TrimtabError, Unsupported, nearest, raise_all
 from trimtab.core.kinds import LinearSite, linear_forward_kind
 from trimtab.core.selection import Place, select
+from trimtab.core.state import parameter_users
 from trimtab.core.structure import is_conv1d
 from trimtab.methods.reparameterized.sketchtune import check_groups
 
@@ -103,7 +105,8 @@ class Plan:
 
     Attributes:
         model: the model without its weights.
-        names: parameter or buffer of the model -> the tensor of the checkpoint.
+        weights: which tensors of the checkpoint fill which parameters.
+        names: parameter or buffer of the model -> the tensor of the checkpoint, where it has one of its own.
         matrices: tensors that are sketched.
         shards: in the order in which they are made.
         dtype: in which the source computes: that of most of its weights.
@@ -113,6 +116,7 @@ class Plan:
     sketch: BaseSketch
     model: nn.Module
     anatomy: Anatomy
+    weights: WeightNames
     names: dict[str, str]
     matrices: dict[str, Matrix]
     shards: tuple[Shard, ...]
@@ -137,44 +141,48 @@ def make_plan(
     if shard_bytes < 1:
         raise ShapeMismatch(f"a shard has at least one byte, found {shard_bytes}")
     anatomy = anatomy_module.of(model)
-    names = _names(model, source)
+    weights = WeightNames(model, source.where)
+    users = parameter_users(model)
+    alike = {name: names for names in users.values() for name in names}
+    names = _names(model, source, weights, alike)
     matrices = _matrices(source, model, anatomy, names, sketch, targets)
     problems: list[TrimtabError] = []
     for key, matrix in matrices.items():
-        shape = source.shapes[key]
+        shape = source.shape(key)
         try:
             check_groups(shape[0] if matrix.transposed else shape[-1], sketch.bits, sketch.groups, key)
         except TrimtabError as error:
             problems.append(error)
     raise_all(problems)
-    sizes: dict[str, int] = {}
+    sizes: dict[torch.dtype, int] = {}
     for key in matrices:
-        sizes[source.dtypes[key]] = sizes.get(source.dtypes[key], 0) + source.nbytes(key)
-    dtype = getattr(torch, max(sizes, key=sizes.__getitem__))
+        sizes[source.dtype(key)] = sizes.get(source.dtype(key), 0) + source.nbytes(key)
+    dtype = max(sizes, key=sizes.__getitem__)
     whole = walked and not anatomy.blocks
-    shards = _shards(source, _owners(names, anatomy), sum(map(source.nbytes, source.files)) if whole else shard_bytes)
-    return Plan(source, sketch, model, anatomy, names, matrices, shards, dtype)
+    limit = sum(map(source.nbytes, source.where)) if whole else shard_bytes
+    shards = _shards(source, _owners(weights, alike, anatomy), limit)
+    return Plan(source, sketch, model, anatomy, weights, names, matrices, shards, dtype)
 
 
-def _names(model: nn.Module, source: Source) -> dict[str, str]:
-    """Parameters and buffers that the checkpoint has one to one, under the model's prefix or without it; tied ones all alike."""
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    found: dict[int, str] = {}
-    for name, value in tensors:
-        for key in (name, name.removeprefix(prefix), prefix + name):
-            if source.shapes.get(key) == tuple(value.shape):
-                found.setdefault(id(value), key)
-                break
-    return {name: found[id(value)] for name, value in tensors if id(value) in found}
+def _names(model: nn.Module, source: Source, weights: WeightNames, alike: Mapping[str, list[str]]) -> dict[str, str]:
+    """Parameters and buffers that are one tensor of the checkpoint; tied ones all alike."""
+    found = {}
+    for name, value in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
+        group = next((weights.groups[each] for each in alike.get(name, [name]) if each in weights.groups), None)
+        if group is not None and group.converter is None and source.shape(group.keys[0]) == tuple(value.shape):
+            found[name] = group.keys[0]
+    return found
 
 
-def _owners(names: dict[str, str], anatomy: Anatomy) -> dict[str, int]:
+def _owners(weights: WeightNames, alike: Mapping[str, list[str]], anatomy: Anatomy) -> dict[str, int]:
     """Tensor -> index of its block; one that others outside of the block use as well belongs to none."""
-    found: dict[str, set[int | None]] = {}
-    for name, key in names.items():
-        found.setdefault(key, set()).add(anatomy.block_of(name.rpartition(".")[0]))
-    return {key: block for key, blocks in found.items() if len(blocks) == 1 for block in blocks if block is not None}
+    found = {}
+    for key, group in weights.groups_by_key.items():
+        names = [each for name in group.params for each in alike.get(name, [name])]
+        blocks = {anatomy.block_of(name.rpartition(".")[0]) for name in names}
+        if len(blocks) == 1 and None not in blocks:
+            found[key] = blocks.pop()
+    return found
 
 
 def _matrices(
@@ -198,9 +206,9 @@ def _matrices(
     if absent and targets is not None or not found:
         raise NoMatch(
             f"the checkpoint of {source.name} has no tensor of its own for {', '.join(absent[:3]) or 'any Linear layer'}"
-            f"{nearest(absent[0], source.files) if absent else ''}"
+            f"{nearest(absent[0], source.where) if absent else ''}"
         )
-    order = {key: i for i, key in enumerate(source.files)}
+    order = {key: i for i, key in enumerate(source.where)}
     return dict(sorted(found.items(), key=lambda item: order[item[0]]))
 
 
@@ -223,9 +231,9 @@ def _embeddings(source: Source, model: nn.Module, anatomy: Anatomy, names: dict[
 
 def _shards(source: Source, owner: dict[str, int], limit: int) -> tuple[Shard, ...]:
     """First what stands outside of the blocks, then whole blocks in their order; at most ``limit`` dense bytes, or one of them."""
-    rest = [key for key in source.files if key not in owner]
+    rest = [key for key in source.where if key not in owner]
     blocks: dict[int, list[str]] = {}
-    for key in source.files:
+    for key in source.where:
         if key in owner:
             blocks.setdefault(owner[key], []).append(key)
     units = [((key,), None) for key in rest] + [(tuple(blocks[i]), i) for i in sorted(blocks)]

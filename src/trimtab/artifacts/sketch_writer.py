@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from trimtab.artifacts.sketch_plan import Plan, Shard
+from trimtab.compat.safetensors_file import dtype_name, write_file
 from trimtab.compat.sketch_folder import CODES, FORMAT, MANIFEST, TABLE, VERSION, is_sketch, read_manifest, read_shard, seal, sha256
 from trimtab.compat.sketched import SketchedWeight
 from trimtab.core.errors import CheckpointMismatch, Unsupported
 from trimtab.training.files import new_file, write_text
 
-__all__ = ["SketchWriter", "write_shard"]
+__all__ = ["SketchWriter", "write_shard", "write_tensors"]
 
 
 class SketchWriter:
@@ -34,7 +34,7 @@ class SketchWriter:
         source = {
             "name": plan.source.name,
             "class": type(plan.model).__name__,
-            "dtype": str(plan.dtype).removeprefix("torch."),
+            "dtype": _name(plan.dtype),
             "fingerprint": plan.source.fingerprint(),
         }
         shards: dict[str, str | None] = {shard.file: None for shard in plan.shards}
@@ -87,7 +87,7 @@ class SketchWriter:
         """
         digest = write_shard(self.folder / shard.file, tensors)
         for key, value in tensors.items():
-            entry = {"file": shard.file, "shape": list(value.shape), "dtype": self.plan.source.dtypes[key]}
+            entry = {"file": shard.file, "shape": list(value.shape), "dtype": _name(self.plan.source.dtype(key))}
             if isinstance(value, SketchedWeight):
                 entry |= {"bits": value.bits, "groups": value.sketch_table.shape[1], "transposed": value.transposed, **facts[key]}
             self.manifest["tensors"][key] = entry
@@ -105,13 +105,21 @@ class SketchWriter:
 
 def write_shard(file: Path, tensors: Mapping[str, Tensor]) -> str:
     """Write tensors, sketched or not, to one safetensors file in one step; returns its SHA-256."""
-    flat: dict[str, torch.Tensor] = {}
+    flat: dict[str, Tensor] = {}
     for key, value in tensors.items():
         if isinstance(value, SketchedWeight):
-            flat[key + CODES], flat[key + TABLE] = value.sketch_codes.contiguous(), value.sketch_table.contiguous()
+            flat[key + CODES], flat[key + TABLE] = value.sketch_codes, value.sketch_table
         else:
-            flat[key] = value.contiguous()
-    with new_file(file) as stage:
-        save_file(flat, stage, metadata={"format": "pt"})  # one key: several would come in any order
-        digest = sha256(stage)
-    return digest
+            flat[key] = value
+    write_tensors(file, flat)
+    return sha256(file)
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write ``tensors`` to one safetensors file in one step; the same bytes whenever they are the same."""
+    listed = ((key, dtype_name(value.dtype), tuple(value.shape)) for key, value in tensors.items())
+    write_file(file, listed, tensors.__getitem__, metadata={"format": "pt"})
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from trimtab.compat.safetensors_file import read_header, read_tensor
 from trimtab.compat.sketched import SketchedWeight
 from trimtab.core.errors import CheckpointMismatch, raise_all
 
@@ -99,10 +98,8 @@ def read_shard(folder: Path, manifest: dict[str, Any], name: str) -> dict[str, T
         raise CheckpointMismatch(f"{folder} is damaged: its {MANIFEST} names {name}, which is not there")
     if sha256(file) != manifest["shards"][name]:
         raise CheckpointMismatch(f"{file} is damaged or was changed: its SHA-256 is not {MANIFEST}'s; restore it from a copy")
-    try:
-        stored = load_file(file)
-    except SafetensorError as error:
-        raise CheckpointMismatch(f"{file} is no readable safetensors file: {error}") from None
+    header = read_header(file)
+    stored = {key: read_tensor(header, key) for key in header.entries}
     found: dict[str, Tensor] = {}
     for key, entry in manifest["tensors"].items():
         if entry["file"] != name:
