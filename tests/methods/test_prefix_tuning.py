@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch.nn import functional as F
 
 import trimtab as tt
+from token_models import VOCABULARY, WIDTH, bart, bloom, gpt2, llama, t5, vit
 from trimtab.artifacts.fold import fold
 from trimtab.core.account import saved_bytes
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
-from token_cases import VOCABULARY, WIDTH, bart, bloom, gpt2, llama, t5, vit
 
 
 def ids(rows: int = 2, tokens: int = 6) -> torch.Tensor:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 import trimtab as tt
+from token_models import HEADS, VOCABULARY, WIDTH, bert, bloom, gpt2, llama, t5, vit
 from trimtab.artifacts.fold import fold
 from trimtab.core.account import count_flops
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
-from token_cases import HEADS, VOCABULARY, WIDTH, bert, bloom, gpt2, llama, t5, vit
 
 
 def ids(rows: int = 2, tokens: int = 6) -> torch.Tensor:

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
 
 import trimtab as tt
+from contract.contract_cases import Attention, Fused
+from token_models import vit
 from trimtab.core.account import count_flops, saved_bytes
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
-from contract_cases import Attention, Fused
-from token_cases import vit
 
 
 class ByHand(Attention):

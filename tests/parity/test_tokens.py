@@ -3,18 +3,13 @@ what the difference is."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import peft
 import pytest
 import torch
 from torch import nn
 
 import trimtab as tt
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
-from token_cases import VOCABULARY, WIDTH, bert, gpt2, llama
+from token_models import VOCABULARY, WIDTH, bert, gpt2, llama
 
 TOKENS, LENGTH = 3, 6
 SHIFTED = torch.arange(TOKENS, TOKENS + LENGTH)[None]
