@@ -19,6 +19,7 @@ MODELS = {
     "vit": lambda: transformers.ViTForImageClassification(transformers.ViTConfig(**SIZES, image_size=32, patch_size=8)),
 }
 METHODS = [tt.LoRA(rank=4), tt.DoRA(rank=4), tt.LoKr(rank=2), tt.Bone(rank=8)]
+METHODS += [tt.PrefixTuning(tokens=4), tt.PromptTuning(tokens=4, init="normal"), tt.VPT(tokens=4)]
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)

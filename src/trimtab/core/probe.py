@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from trimtab.core import registry
 from trimtab.core.activation import activate, parameters, routed
 from trimtab.core.attach import attach
-from trimtab.core.contracts import ActivationAdapter, MethodConfig
+from trimtab.core.contracts import ActivationAdapter, MethodConfig, TokenAdapter
 from trimtab.core.errors import TrimtabError
 from trimtab.core.merging import merge, unmerge
 from trimtab.core.table import Table
@@ -26,9 +26,9 @@ def methods(*, probe: bool = True) -> Table:
     """One row a registered method: source, default targets, and what it can do, tried on small models.
 
     Columns ``linear`` to ``experts`` say whether the method trains at that kind of place, ``branch`` whether it acts on a whole
-    attention or feed-forward, ``merges`` whether a merge keeps the output, ``routes`` whether rows of a batch can have different
-    adapters, ``identity`` whether it starts at the base, ``needs W`` whether its fast path reads the dense weight (so that a
-    quantised base is dequantised each step).
+    attention or feed-forward, ``tokens`` whether it is learned tokens in a stack of blocks, ``merges`` whether a merge keeps the
+    output, ``routes`` whether rows of a batch can have different adapters, ``identity`` whether it starts at the base,
+    ``needs W`` whether its fast path reads the dense weight (so that a quantised base is dequantised each step).
 
     Args:
         probe: False leaves the tried columns out; the table is then immediate.
@@ -42,6 +42,7 @@ def methods(*, probe: bool = True) -> Table:
             "packed": _on(_packed),
             "experts": _on(_experts),
             "branch": _branch,
+            "tokens": _tokens,
             "bf16": _bf16,
             "merges": _merges,
             "routes": _routes,
@@ -105,6 +106,16 @@ def _experts() -> tuple[nn.Module, Tensor]:
     return nn.Sequential(_Experts()), torch.randn(2, 4, 8)
 
 
+def _blocks() -> tuple[nn.Module, Tensor]:
+    layer = nn.TransformerEncoderLayer(8, 2, 8, 0.0, batch_first=True)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), torch.randn(2, 3, 8)
+
+
+def _home(entry: registry.MethodEntry) -> Callable[[], tuple[nn.Module, Tensor]]:
+    """Where a method of its contract acts."""
+    return _blocks if issubclass(entry.adapter, TokenAdapter) else _linear
+
+
 def _attached(
     entry: registry.MethodEntry,
     build: Callable[[], tuple[nn.Module, Tensor]],
@@ -120,7 +131,8 @@ def _attached(
     config = entry.config(**(entry.tests[0] if entry.tests else {}))
     own = entry.adapter.tensors is not None
     # the first child, or whatever the method's own default finds in it
-    targets = None if own else (lambda path, module: "." not in path and path != "" and not isinstance(module, nn.LayerNorm))
+    outer = lambda path, module: "." not in path and path != "" and not isinstance(module, nn.LayerNorm)  # noqa: E731
+    targets = None if own or build is _blocks else outer
     _prepare(model, config, targets)
     for name in names:
         attach(model, config, targets=targets, name=name, loss=lambda m: m(x).float().pow(2).sum())
@@ -160,17 +172,21 @@ def _branch(entry: registry.MethodEntry) -> bool:
     return all(p.grad is not None for p in parameters(model))
 
 
+def _tokens(entry: registry.MethodEntry) -> bool:
+    return issubclass(entry.adapter, TokenAdapter) and _on(_blocks)(entry)
+
+
 def _bf16(entry: registry.MethodEntry) -> bool:
-    model, x = _attached(entry, _linear, dtype=torch.bfloat16)
+    model, x = _attached(entry, _home(entry), dtype=torch.bfloat16)
     y = model(x)
     y.float().pow(2).sum().backward()
     return y.dtype == torch.bfloat16 and all(bool(torch.isfinite(p.grad).all()) for p in parameters(model))
 
 
 def _identity(entry: registry.MethodEntry) -> bool:
-    model, x = _attached(entry, _linear, moved=False)
+    model, x = _attached(entry, _home(entry), moved=False)
     torch.manual_seed(0)
-    base, _ = _linear()
+    base, _ = _home(entry)()
     return torch.allclose(model(x), base(x), atol=1e-5)
 
 
@@ -185,7 +201,7 @@ def _merges(entry: registry.MethodEntry) -> bool:
 
 
 def _routes(entry: registry.MethodEntry) -> bool:
-    model, x = _attached(entry, _linear, names=("a", "b"))
+    model, x = _attached(entry, _home(entry), names=("a", "b"))
     model.eval()
     with torch.no_grad(), routed(model, ["b", None]):
         return model(x).shape[0] == 2

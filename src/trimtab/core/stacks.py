@@ -6,6 +6,7 @@ structure (whether a stack is causal, and which module runs it from embeddings o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from trimtab.core.site import Site
 
 __all__ = ["Stack", "attentions", "companions", "key_value_widths", "separable", "stacks", "token_places", "vocabulary"]
+
+
+#: tables beside that of the tokens
+_OTHER = re.compile(r"posit|(^|\.)wpe$|type|segment", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -93,10 +98,11 @@ def vocabulary(anatomy: Anatomy, site: Site) -> tuple[Callable[[Tensor], Tensor]
     from trimtab.compat.bodies import first_tokens
 
     tables = {path: anatomy.modules[path] for path, role in anatomy.roles.items() if role == "embedding"}
-    fitting = {path: m.num_embeddings for path, m in tables.items() if m.embedding_dim == site.in_features}
+    wide = {path: m.num_embeddings for path, m in tables.items() if m.embedding_dim == site.in_features}
+    fitting = {path: entries for path, entries in wide.items() if not _OTHER.search(path)}
     if not fitting:
         return None
-    path = max(fitting, key=fitting.__getitem__)  # the others are positions and segments
+    path = max(fitting, key=fitting.__getitem__)
     if site.role == "stack":  # the body itself makes of embeddings what enters the first block
         return lambda ids: anatomy.modules[path](ids), fitting[path]
     return lambda ids: first_tokens(anatomy.modules, path, ids), fitting[path]
