@@ -4,8 +4,8 @@
 ``bench/results/light_peft.json``, after every part, and ``--show`` prints what is there.
 
 Cost: a LLaMA-shaped model with random weights (``--width`` and the like), and MiniLM on the task's own batches. Both adapters are
-LoRA of rank 8 on all linear layers. Light-PEFT goes through its real estimation (``--estimate`` steps), cuts, drops the uncut
-weights, and is timed after that, as well as before it. A step is forward, backward and AdamW. Times are medians over interleaved
+LoRA of rank 8 on all linear layers. Light-PEFT goes through its real estimation, on little data, cuts, drops the uncut
+weights, and is measured after that, as well as before it. A step is forward, backward and AdamW. Times are medians over interleaved
 rounds, ratios are medians of the ratios of neighbouring steps; inference is a forward pass without a graph, adapters attached, and
 once more merged. Bytes are those of tensors (weights, optimizer, what a step makes at its peak): storages are counted, not pages.
 
@@ -22,7 +22,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -87,51 +87,91 @@ class Training:
         return sum(p.numel() for p in tt.parameters(self.model, name="default"))
 
 
-def llama(args: argparse.Namespace) -> tuple[Callable[[], nn.Module], Callable, Iterator[Any], None]:
-    """A LLaMA-shaped body, and its input."""
+def llama(args: argparse.Namespace) -> tuple[Callable[[], nn.Module], Callable, list[Any], Any, None]:
+    """A LLaMA-shaped body, its loss, its input, and a small input."""
     torch.manual_seed(args.seed)
     x = torch.randn(args.batch, args.tokens, args.width)
     loss = lambda model, batch: model(inputs_embeds=batch, use_cache=False).last_hidden_state.square().mean()  # noqa: E731
-    return lambda: build(args), loss, cycle([x]), None
+    return lambda: build(args), loss, [x], x[:, :32], None
 
 
-def minilm(args: argparse.Namespace) -> tuple[Callable[[], nn.Module], Callable, Iterator[Any], str]:
+def minilm(args: argparse.Namespace) -> tuple[Callable[[], nn.Module], Callable, list[Any], Any, str]:
     """MiniLM on supersense, batches of the training split in a seed's order."""
     data = Supersense()
-    batches = list(data.batches("train", seed=args.seed))
-    return lambda: data.model(args.seed), data.loss, cycle(batches), data.head
+    batches = list(islice(data.batches("train", seed=args.seed), 40))
+    return lambda: data.model(args.seed), data.loss, batches, {key: value[:4] for key, value in batches[0].items()}, data.head
 
 
-def cost(make: Callable, args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Both rows, interleaved; Light-PEFT in its first stage and after its cut."""
-    model, loss, batches, head = make(args)
-    plain = Training(model(), loss, None, head)
-    light = Training(model(), loss, tt.LightPEFT(args.estimate, **PRUNING), head)
-    before, times = [], []
-    for batch in islice(batches, args.estimate):
-        before.append((plain.step(batch), light.step(batch)))
-    stage1 = next(batches)
-    rows = {"LoRA": plain.bytes(stage1) | {"trainable": plain.trainable()}}
-    first = Training(model(), loss, tt.LightPEFT(args.estimate, **PRUNING), head)
-    for batch in islice(batches, args.estimate - 1):  # the statistics' half included
-        first.step(batch)
-    rows["Light-PEFT, stage 1"] = first.bytes(stage1) | {"trainable": first.trainable()}
-    del first
-    light.step(stage1)  # the cut
-    assert cut_of(light.model) is not None
-    rows["Light-PEFT"] = light.bytes(stage1) | {"trainable": light.trainable()}
-    for batch in islice(batches, args.rounds):
-        times.append((plain.step(batch), light.step(batch)))
-    attached = [(plain.infer(batch), light.infer(batch)) for batch in islice(batches, args.rounds)]
-    tt.merge(plain.model, "default")
-    tt.merge(light.model, "default")
-    merged = [(plain.infer(batch), light.infer(batch)) for batch in islice(batches, args.rounds)]
-    rows["LoRA"] |= {"seconds": statistics.median(a for a, _ in times), "inference": statistics.median(a for a, _ in attached)}
-    rows["Light-PEFT, stage 1"] |= {"seconds": statistics.median(b for _, b in before), **speed("step", before[1:])}
-    rows["Light-PEFT"] |= {"seconds": statistics.median(b for _, b in times), **speed("step", times)}
-    rows["Light-PEFT"] |= {"inference": statistics.median(b for _, b in attached), **speed("inference", attached)}
-    rows["Light-PEFT"] |= speed("merged inference", merged)
+def runs(made: tuple, *kinds: str) -> dict[str, Training]:
+    """The runs of these rows, each where its measurement begins: Light-PEFT behind its cut, or in the half that is observed."""
+    model, loss, _, small, head = made
+    found = {}
+    for name in kinds:
+        estimate = {"LoRA": None, "Light-PEFT, stage 1": 100, "Light-PEFT": 2}[name]
+        found[name] = Training(model(), loss, estimate and tt.LightPEFT(estimate, **PRUNING), head)
+        for _ in range(3):  # with the estimation of Light-PEFT and its cut; on little data
+            found[name].step(small)
+        assert (cut_of(found[name].model) is not None) == (name == "Light-PEFT")
+        if name == "Light-PEFT, stage 1":
+            found[name].schedule.until = 7  # step 3 is in the half that is observed
+    return found
+
+
+ROWS = ("LoRA", "Light-PEFT, stage 1", "Light-PEFT")
+
+
+def memory(made: tuple, args: argparse.Namespace) -> dict[str, dict[str, int]]:
+    """Bytes of a step of every row, one model at a time."""
+    rows = {}
+    for name in ROWS:
+        run = runs(made, name)[name]
+        rows[name] = run.bytes(made[2][0]) | {"trainable": run.trainable()}
     return rows
+
+
+def steps(made: tuple, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Times of training steps, interleaved; in stage 1 of steps that are observed."""
+    found, times = runs(made, "LoRA", "Light-PEFT"), []
+    for batch in islice(cycle(made[2]), args.rounds + 1):
+        times.append({name: run.step(batch) for name, run in found.items()})
+    return timed("step", times[1:])
+
+
+def estimation(made: tuple, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """The same of stage 1, of steps in which the adapters are observed."""
+    found, times = runs(made, "LoRA", "Light-PEFT, stage 1"), []
+    for batch in islice(cycle(made[2]), args.rounds + 1):
+        schedule = found["Light-PEFT, stage 1"].schedule
+        schedule.until = 2 * schedule.step  # always in the half that is observed
+        times.append({name: run.step(batch) for name, run in found.items()})
+    return timed("step", times[1:])
+
+
+def inference(made: tuple, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Times of forward passes, interleaved; with adapters attached, then merged."""
+    found, rows = runs(made, "LoRA", "Light-PEFT"), {name: {} for name in ("LoRA", "Light-PEFT")}
+    for what in ("inference", "merged inference"):
+        times = []
+        for batch in islice(cycle(made[2]), args.rounds + 1):
+            times.append({name: run.infer(batch) for name, run in found.items()})
+        for name, values in timed(what, times[1:]).items():
+            rows[name] |= values
+        if what == "inference":
+            for run in found.values():
+                tt.merge(run.model, "default")
+    return rows
+
+
+def timed(what: str, times: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Medians, and how many times faster than LoRA."""
+    rows = {name: {f"{what} seconds": statistics.median(t[name] for t in times)} for name in times[0]}
+    for name in rows:
+        if name != "LoRA":
+            rows[name] |= speed(what, [(t["LoRA"], t[name]) for t in times])
+    return rows
+
+
+MEASUREMENTS = {"memory": memory, "steps": steps, "estimation": estimation, "inference": inference}
 
 
 def speed(what: str, pairs: list[tuple[float, float]]) -> dict[str, float]:
@@ -208,18 +248,22 @@ def show() -> None:
     """All that is there; bytes in MiB."""
     mib = lambda size: round(size / 2**20, 1)  # noqa: E731
     for part in ("llama", "minilm"):
-        found = read(part)
+        found = {"results": {}}
+        for each in MEASUREMENTS:
+            for name, values in read(f"{part} {each}")["results"].items():
+                found["results"].setdefault(name, {}).update(values)
         if not found["results"]:
             continue
         columns = ("method", "trainable", "share %", "step ms", "faster", "inference ms", "faster ", "merged", "peak", "less %")
         table = Table(columns, title=f"{part}: a training step beside LoRA's")
         lora = found["results"]["LoRA"]
         for name, r in found["results"].items():
-            number = lambda key, digits=2, r=r: round(r[key], digits) if key in r else ""  # noqa: E731
+            number = lambda key, scale=1, digits=2, r=r: round(scale * r[key], digits) if key in r else ""  # noqa: E731
+            sizes = (mib(r["peak"]), round(100 * (1 - r["peak"] / lora["peak"]), 1)) if "peak" in r else ("", "")
+            share = round(100 * r["trainable"] / lora["trainable"], 1) if "trainable" in r else ""
             table.add(
-                name, r["trainable"], round(100 * r["trainable"] / lora["trainable"], 1), round(1e3 * r["seconds"], 1),
-                number("step speed"), round(1e3 * r["inference"], 1) if "inference" in r else "", number("inference speed"),
-                number("merged inference speed"), mib(r["peak"]), round(100 * (1 - r["peak"] / lora["peak"]), 1),
+                name, r.get("trainable", ""), share, number("step seconds", 1e3, 1), number("step speed"),
+                number("inference seconds", 1e3, 1), number("inference speed"), number("merged inference speed"), *sizes,
             )  # fmt: skip
         print(table)
     found = read("accuracy")
@@ -241,12 +285,13 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     sizes = {"width": 1024, "layers": 4, "intermediate": 2816, "tokens": 1024, "batch": 1, "rounds": 9, "threads": 2}
-    for name, value in (sizes | {"seed": 0, "estimate": 4, "epochs": 3, "seeds": 3}).items():
+    for name, value in (sizes | {"seed": 0, "estimate": 25, "epochs": 3, "seeds": 3}).items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rate", type=float, default=RATE)
     parser.add_argument("--given", type=json.loads, default={}, help="further arguments of LightPEFT, as JSON, for --accuracy")
-    parser.add_argument("--parts", default="llama,minilm", help="of the measurement of cost")
+    parser.add_argument("--parts", default="llama,minilm", help="models whose cost is measured")
+    parser.add_argument("--measure", default=",".join(MEASUREMENTS), help="what is measured of them")
     parser.add_argument("--accuracy", action="store_true", help="train on supersense instead")
     parser.add_argument("--show", action="store_true", help="print what is there")
     args = parser.parse_args()
@@ -256,9 +301,11 @@ def main() -> None:
         measure_accuracy(args)
     elif not args.show:
         for part in args.parts.split(","):
-            keys = ("width", "layers", "intermediate", "tokens", "batch", "rounds", "threads", "seed", "estimate")
-            settings = {key: getattr(args, key) for key in keys} | {"rank": RANK, **PRUNING}
-            write(part, settings, cost({"llama": llama, "minilm": minilm}[part], args))
+            keys = ("width", "layers", "intermediate", "tokens", "batch", "rounds", "threads", "seed")
+            settings = {key: getattr(args, key) for key in keys if part == "llama" or key in ("rounds", "threads", "seed")}
+            made = {"llama": llama, "minilm": minilm}[part](args)
+            for each in args.measure.split(","):
+                write(f"{part} {each}", settings | {"rank": RANK, **PRUNING}, MEASUREMENTS[each](made, args))
     show()
 
 
