@@ -11,7 +11,8 @@ second half of the steps, when the optimizer has met all layers. The weights, wh
 Time: medians over interleaved rounds of ten steps, probes of IST included, and medians of the ratios to LoRA's round beside.
 
 Accuracy: as in ``bench/quality.py``: its rates, seeds, head, batches and steps, the rate chosen on the validation split for every
-row. For Light-PEFT see ``bench/light_peft.py``.
+row. LoRA's own runs are taken from ``bench/results/quality_supersense.json``, which the same function made, if they are there.
+For Light-PEFT see ``bench/light_peft.py``.
 """
 
 from __future__ import annotations
@@ -139,7 +140,9 @@ def times(args: argparse.Namespace) -> dict[str, Any]:
 
 def accuracy(args: argparse.Namespace, stored: dict[str, Any], save: Callable[[], None]) -> None:
     """Fill ``stored`` with the runs that it lacks: the search for the rate, then the seeds."""
-    data = Supersense()
+    data, known = Supersense(), RESULTS.with_name("quality_supersense.json")
+    if "LoRA" not in stored and known.is_file():
+        stored["LoRA"] = json.loads(known.read_text("utf-8"))["methods"]["LoRA"]
     for row in [name.strip() for name in args.rows.split(";") if name.strip()] or ROWS:
         method, make = ROWS[row]
         entry, span = stored.setdefault(row, {"search": [], "final": []}), tt.get(method).learning_rate

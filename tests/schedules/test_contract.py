@@ -118,3 +118,38 @@ def test_a_schedule_of_a_third_party_is_a_full_citizen():
             loss(model, batch(0)).backward()
             s.step()
     assert all(torch.equal(a, b) for a, b in zip(halved.parameters(), plain.parameters(), strict=True))
+
+
+def test_gradients_that_are_never_finite_are_told():
+    model = net()
+    with pytest.raises(FloatingPointError, match="first 31 steps"):
+        with tt.scheduled(model, torch.optim.SGD(tt.parameters(model)), tt.Schedule()) as s:
+            for step in range(40):
+                (loss(model, batch(step)) * float("nan")).backward()
+                s.step()
+
+
+def test_a_model_that_is_not_the_one_of_the_run():
+    model = net()
+    with pytest.raises(RuntimeError, match="the very module that the loop calls"):
+        with tt.scheduled(nn.Sequential(model), torch.optim.SGD(tt.parameters(model)), tt.Schedule()) as s:
+            loss(model, batch(0)).backward()
+            s.step()
+
+
+def test_a_compiled_model_is_called_like_any_other():
+    recorder, model = Recorder(), net()
+    compiled = torch.compile(model, backend="eager")
+    with tt.scheduled(compiled, torch.optim.SGD(tt.parameters(model), lr=0.1), recorder, steps=2) as s:
+        for step in range(2):
+            loss(compiled, batch(step)).backward()
+            s.step()
+    assert recorder.seen == ["start", "groups", *ONE_STEP * 2, "finish", "close"]
+
+
+def test_state_is_of_the_same_schedules():
+    model = net()
+    with tt.scheduled(model, torch.optim.SGD(tt.parameters(model)), tt.Schedule()) as s:
+        state = s.state_dict()
+    with pytest.raises(ValueError, match=r"of the schedules \['Schedule'\], this run has \['Recorder'\]"):
+        tt.scheduled(model, torch.optim.SGD(tt.parameters(model)), Recorder(), state=state)

@@ -26,11 +26,15 @@ def plain(optimizer: Any) -> Optimizer:
 
 
 def regroup(optimizer: Optimizer, groups: list[dict[str, Any]]) -> None:
-    """Replace the optimizer's groups, which hold the same parameters; their state stays.
+    """Replace the optimizer's groups, which hold the same parameters; their state stays. Equal groups are left alone.
 
     Raises:
-        Unsupported: a learning-rate scheduler stands on the old groups already.
+        Unsupported: a learning-rate scheduler stands on the old groups already, or the optimizer steps inside backward.
     """
+    if len(groups) == len(optimizer.param_groups) and all(map(_equal, groups, optimizer.param_groups)):
+        return
+    if hasattr(optimizer, "received"):
+        raise Unsupported("an optimizer that steps inside backward has its groups fixed; make it of the schedules' groups")
     if len(groups) != len(optimizer.param_groups) and hasattr(optimizer.step, "_wrapped_by_lr_sched"):
         raise Unsupported(
             f"a learning-rate scheduler was made for {len(optimizer.param_groups)} groups, and the schedules need {len(groups)}; "
@@ -39,6 +43,11 @@ def regroup(optimizer: Optimizer, groups: list[dict[str, Any]]) -> None:
     optimizer.param_groups.clear()
     for group in groups:
         optimizer.add_param_group(group)
+
+
+def _equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    ours, theirs = ([id(p) for p in group["params"]] for group in (a, b))
+    return ours == theirs and a.keys() == b.keys() and all(a[key] is b[key] or a[key] == b[key] for key in a if key != "params")
 
 
 def drop_state(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:

@@ -22,9 +22,10 @@ Loss = Callable[[nn.Module, Any], Tensor]
 def measuring(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without a graph; modes of all modules and the states of all random generators come back."""
     training = [module for module in model.modules() if module.training]
+    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
     model.eval()
     try:
-        with torch.random.fork_rng(), torch.no_grad():
+        with torch.random.fork_rng(devices), torch.no_grad():
             yield
     finally:
         for module in training:

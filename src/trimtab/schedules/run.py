@@ -25,6 +25,8 @@ from trimtab.schedules.services import Services
 
 __all__ = ["Run", "scheduled"]
 
+SKIPPED_AT_FIRST = 30  # steps that a gradient scaler unknown to us may skip before its first one
+
 
 def scheduled(
     model: nn.Module,
@@ -203,6 +205,11 @@ class Run(Services):
         if self._scales():
             self.scaler.unscale_(self.optimizer)
         elif self._loop_steps is None and not self._finite():
+            if self.step_number >= SKIPPED_AT_FIRST:
+                raise FloatingPointError(
+                    f"the gradients of the first {SKIPPED_AT_FIRST + 1} steps hold NaN or infinite values; lower the learning "
+                    "rate, check data and precision, and give tt.scheduled the loop's gradient scaler, if it has one, as scaler="
+                )
             return  # a scaler that the loop keeps to itself has skipped its first step
         self.gradients_ready()
         if max_grad_norm and not self._skipping:
