@@ -169,10 +169,14 @@ def gradients(model: Any, tokenizer: Any, examples: list[dict[str, Any]]) -> tup
     return loss.item(), list(torch.autograd.grad(loss, parameters))
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_packed_rows_have_the_loss_and_the_gradients_of_separate_ones(model: Any, tokenizer: Any, attention: str):
+@pytest.mark.parametrize(("name", "attention"), [
+    ("LoRA", "sdpa"), ("LoRA", "eager"), ("SeriesAdapter", "sdpa"), ("ParallelAdapter", "sdpa"), ("PrefixTuning", "sdpa"),
+    ("PromptTuning", "sdpa"),
+])  # fmt: skip
+def test_packed_rows_have_the_loss_and_the_gradients_of_separate_ones(model: Any, tokenizer: Any, name: str, attention: str):
     model.set_attn_implementation(attention)
-    tt.attach(model, tt.LoRA(rank=2), rng=torch.Generator().manual_seed(0))
+    tt.attach(model, tt.get(name)(), rng=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
     for parameter in tt.parameters(model):
         torch.nn.init.normal_(parameter, std=0.1)
     examples = encoded(tokenizer, 11)
