@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -47,13 +47,14 @@ class LiveBase:
         return None if value is None or value.is_meta else value
 
 
-def check(base: Base, stored: dict[str, Any], source: str) -> None:
-    """Compare the sample of a base's weights that an adapter carries with ``base``.
+def check(base: Base, stored: dict[str, Any], source: str, *, view: Callable[[str, Tensor], Tensor] | None = None) -> None:
+    """Compare the sample of a base's weights that an adapter carries with ``base``; ``view``: what of a tensor it was taken of.
 
     Raises:
         CheckpointMismatch: they are another base's.
     """
-    fingerprint.compare(base.root, stored, source, value=base.value)
+    more = {} if view is None else {"view": view}
+    fingerprint.compare(base.root, stored, source, value=base.value, **more)
 
 
 def sample_of(base: Base, sites: list[Site]) -> dict[str, Any]:

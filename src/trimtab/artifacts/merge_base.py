@@ -21,7 +21,6 @@ from trimtab.artifacts.saved import class_of, open_saved
 from trimtab.artifacts.shards import Staging
 from trimtab.artifacts.updates import whole_value
 from trimtab.compat.pretrained import Pretrained
-from trimtab.core.contracts import ActivationAdapter, TokenAdapter
 from trimtab.core.errors import CheckpointMismatch, NotMergeable, TrimtabError, raise_all
 from trimtab.core.host import BiasOf, on_tensors
 from trimtab.core.merging import INTO, report_table
@@ -106,13 +105,14 @@ def _plan(work: Merge, untie: bool) -> list[MergedTensor]:
     problems: list[TrimtabError] = []
     for number, saved in enumerate(work.opened):
         for adapter in saved.adapters:
-            if isinstance(adapter, TokenAdapter) or (isinstance(adapter, ActivationAdapter) and not adapter.merges):
+            effects = on_tensors(adapter)
+            if not effects:
                 what = f"{type(adapter.config).__name__} at {adapter.site.path}"
                 problems.append(
                     NotMergeable(f"{saved.source}: {what} acts on activations and has no weight form; keep it attached")
                 )
                 continue
-            for effect in on_tensors(adapter):
+            for effect in effects:
                 site = effect.site
                 here = found.setdefault((site.path, site.tensor), MergedTensor(site, {}))
                 here.chains.setdefault(number, []).append([effect])

@@ -102,11 +102,17 @@ def open_saved(path: str | os.PathLike, base: Base | None = None, **options: Any
                 "tt.load, or merge it alone into its base with `trimtab merge`"
             )
         tensors = read_tensors(path, manifest)
-        root = skeleton(manifest["places"], manifest["base"]["class"]) if base is None else base.root
-        adapters, name, sample = rebuild(root, manifest), manifest["name"], manifest["base"]
+        name, sample, mark = manifest["name"], manifest["base"], manifest["seal"]
+        root, view = (skeleton(manifest["places"], sample["class"]) if base is None else base.root), None
+        if "cut" in manifest:
+            if base is None:
+                raise Unsupported(f"{path} was trained on a cut base, whose sizes the whole one knows; say which base: base=...")
+            from trimtab.schedules.restoration import widened
+
+            manifest, tensors, view = widened(root, manifest, tensors)
+        adapters = rebuild(root, manifest)
         if base is not None:
-            check(base, sample, str(path))
-        mark = manifest["seal"]
+            check(base, sample, str(path), view=view)
     else:
         name, adapters, tensors = _read(path, kind, base, options)
         sites = [adapter.site for adapter in adapters]

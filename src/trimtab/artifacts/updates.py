@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from trimtab.artifacts.base import Base, values_in
 from trimtab.artifacts.saved import Saved
-from trimtab.core.contracts import ActivationAdapter, Adapter, Reparameterization, Selection, TokenAdapter
+from trimtab.core.contracts import Reparameterization, Selection
 from trimtab.core.errors import NotMergeable, TrimtabError, Unsupported, raise_all
 from trimtab.core.host import BiasOf, on_tensors
 from trimtab.core.site import Site, dense
@@ -22,7 +23,8 @@ from trimtab.kernels.thin import Thin, Update
 
 __all__ = ["Place", "places", "reference", "update_of", "whole_value"]
 
-Effect = Adapter | BiasOf
+#: an adapter, an adapter as it acts on its bias, or two of them in order: a site, a config and ``weight(W)``
+Effect = Any
 
 
 @dataclass
@@ -55,13 +57,14 @@ def places(adapters: Sequence[Saved]) -> list[Place]:
     effects: list[tuple[int, Effect]] = []
     for number, saved in enumerate(adapters):
         for adapter in saved.adapters:
-            if isinstance(adapter, TokenAdapter) or (isinstance(adapter, ActivationAdapter) and not adapter.merges):
+            tensors = on_tensors(adapter)
+            if not tensors:
                 what = f"{type(adapter.config).__name__} at {adapter.site.path}"
                 problems.append(
                     NotMergeable(f"{saved.source}: {what} acts on activations and is no update of a weight; keep it attached")
                 )
                 continue
-            effects += [(number, each) for each in on_tensors(adapter)]
+            effects += [(number, each) for each in tensors]
     raise_all(problems)
     for _, effect in effects:
         site = effect.site
@@ -70,8 +73,25 @@ def places(adapters: Sequence[Saved]) -> list[Place]:
     for number, effect in effects:
         whole = wholes.get((effect.site.path, effect.site.tensor))
         site = effect.site if whole is None else whole
-        found.setdefault((site.path, site.slot), Place(site, [])).effects.append((number, effect))
+        here = found.setdefault((site.path, site.slot), Place(site, [])).effects
+        before = next((i for i, (n, e) in enumerate(here) if n == number and e.site.slot == effect.site.slot), None)
+        if before is None:
+            here.append((number, effect))
+        else:  # one adapter acts here twice (units that were cut, then its own update): one update
+            here[before] = number, _Composed(here[before][1], effect)
     return list(found.values())
+
+
+class _Composed:
+    """Two effects of one adapter at one place, in order; stands for them as one."""
+
+    def __init__(self, first: Effect, second: Effect):
+        self.first, self.second = first, second
+        self.site, self.config = second.site, second.config
+
+    def weight(self, W: Tensor) -> Tensor:
+        """The second's weight of the first's."""
+        return self.second.weight(self.first.weight(W))
 
 
 def update_of(effect: Effect, target: Site, base: Base | None) -> Update:

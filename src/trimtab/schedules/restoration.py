@@ -15,7 +15,7 @@ Source: arXiv 2406.03792 claims that its adapters are plug-and-play; its code ha
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from trimtab.core.state import ModelState, state_of, tensors_of, unwrap
 from trimtab.methods.additive.unit_mask import UnitMask
 from trimtab.schedules import surgery
 
-__all__ = ["load", "restore", "view"]
+__all__ = ["load", "restore", "view", "widened"]
 
 Pack = tuple[list[dict[str, Any]], dict[str, Tensor]]
 
@@ -72,13 +72,12 @@ def load(
     if kept is None or (mode == "index" and cut_of(root) is not None):
         return checkpoint.load(root, folder, check_base=check_base, **options)
     if mode == "mask":
-        slices = _whole(root, kept)
-        pack = _widened(root, manifest["places"], checkpoint.read_tensors(folder, manifest), kept, slices)
-        adapters = checkpoint.rebuild(root, _manifest(pack))
+        places, tensors, left = widened(root, manifest, checkpoint.read_tensors(folder, manifest))
+        adapters = checkpoint.rebuild(root, places)
         if check_base:
-            fingerprint.compare(root, manifest["base"], str(folder), view=lambda key, t: _left(root, slices, key, t))
+            fingerprint.compare(root, manifest["base"], str(folder), view=left)
         options["name"] = name or manifest["name"]
-        return checkpoint.install(root, adapters, pack[1], source=str(folder), **options)
+        return checkpoint.install(root, adapters, tensors, source=str(folder), **options)
     if root.__dict__.get(STATE) is not None:
         raise Unsupported(
             f"the base would be cut for {folder}, and other adapters are on it, which would lose units that they use; "
@@ -92,6 +91,23 @@ def load(
         raise
     surgery.settle(record, originals)
     return found
+
+
+def widened(
+    root: nn.Module, manifest: dict[str, Any], tensors: dict[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor], Callable[[str, Tensor], Tensor]]:
+    """A saved adapter of a cut base as one of the whole base: masks first, its own tensors padded with zeros.
+
+    Returns:
+        The manifest with the places and tensors at full size, the tensors, and what of the base's tensors the sample was taken of.
+
+    Raises:
+        Unsupported: ``root`` is cut itself. NoMatch, ShapeMismatch: it is another base.
+    """
+    kept = unpacked(manifest["cut"])
+    slices = _whole(root, kept)
+    pack = _widened(root, manifest["places"], tensors, kept, slices)
+    return manifest | _manifest(pack), pack[1], lambda key, tensor: _left(root, slices, key, tensor)
 
 
 def view(base: nn.Module, path: str | os.PathLike, **options: Any) -> nn.Module:
