@@ -302,11 +302,11 @@ def test_activations_have_no_update(tmp_path) -> None:
     from dataclasses import dataclass
 
     @dataclass(frozen=True)
-    class Shift(tt.MethodConfig):
+    class Offset(tt.MethodConfig):
         """y + s"""
 
-    @tt.method(Shift, paper="a test")
-    class ShiftAdapter(tt.ActivationAdapter):
+    @tt.method(Offset, paper="a test")
+    class OffsetAdapter(tt.ActivationAdapter):
         def __init__(self, config, site, *, rng):
             super().__init__(config, site)
             self.s = self.zeros(site.shape[0])
@@ -314,8 +314,8 @@ def test_activations_have_no_update(tmp_path) -> None:
         def forward(self, x, y):
             return y + self.s
 
-    folders = [adapter(tmp_path / "a", Shift(), 1, "attn.q"), adapter(tmp_path / "b", tt.LoRA(rank=1), 2, "attn.q")]
-    with pytest.raises(tt.NotMergeable, match="Shift at layers.0.attn.q_proj acts on activations"):
+    folders = [adapter(tmp_path / "a", Offset(), 1, "attn.q"), adapter(tmp_path / "b", tt.LoRA(rank=1), 2, "attn.q")]
+    with pytest.raises(tt.NotMergeable, match="Offset at layers.0.attn.q_proj acts on activations"):
         tt.combine(folders, tmp_path / "m", base=net())
 
 

@@ -11,7 +11,8 @@ from torch import nn
 
 import trimtab as tt
 from trimtab.core import registry
-from trimtab.core.host import Host, adapted_class
+from trimtab.core.host import Host
+from trimtab.core.mounting import adapted_class
 
 
 @dataclass(frozen=True)

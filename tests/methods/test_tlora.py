@@ -134,7 +134,7 @@ def test_the_papers_start_never_leaves_the_kronecker_products():
         for core in adapter.t:
             assert (core - core[:, :, :1, :1]).abs().max() < 2e-7
     adapter, _ = trained(quiet(residual=None, transform_rank=2, shapes=shapes), 0.01)
-    assert all(torch.equal(core, core[:, :, :1, :1].expand_as(core)) for core in adapter.t)
+    assert all((core - core[:, :, :1, :1]).abs().max() < 2e-7 for core in adapter.t)  # equal but for rounding
     before = transform(adapter)
     adapter.collapse()
     assert adapter.config.transform_rank == 1 and all(core.shape[2:] == (1, 1) for core in adapter.t)

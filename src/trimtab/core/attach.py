@@ -232,8 +232,9 @@ def _check(root: nn.Module, assignments: list[Assignment], name: str) -> None:
             continue
         try:
             if site.kind == "module" or site.is_meta or not site.parameter().is_floating_point() or _finite(site):
-                problems += _missing(config, site)
-                type(config).adapter_class.check(config, site)
+                cls = type(config).adapter_class
+                problems += _missing(cls, config, site)
+                cls.check(config, site)
             else:
                 problems.append(
                     ShapeMismatch(
@@ -287,7 +288,7 @@ def _fresh_seed(rng: torch.Generator) -> int | None:
 
 def mount_group(root: nn.Module, name: str, adapters: list[Adapter], *, trainable: bool, check_gradients: bool = True) -> Group:
     """Put built adapters beneath their modules under ``name`` and freeze the base. Used by attach and load."""
-    raise_all([problem for adapter in adapters for problem in _missing(adapter.config, adapter.site)])
+    raise_all([problem for adapter in adapters for problem in _missing(type(adapter), adapter.config, adapter.site)])
     first = "_trimtab_state" not in root.__dict__
     state = state_of(root, create=True)
     if first:
@@ -326,7 +327,7 @@ def _serve(root: nn.Module, state: ModelState, name: str, adapters: list[TokenAd
                 host(adapter.site.module).reaches = there.reachable
 
 
-def _missing(config: MethodConfig, site: Site) -> list[TrimtabError]:
+def _missing(cls: type[Adapter], config: MethodConfig, site: Site) -> list[TrimtabError]:
     """The adapters that ``config`` needs at ``site`` and that are not there."""
     module = site.module
     return [
@@ -334,7 +335,7 @@ def _missing(config: MethodConfig, site: Site) -> list[TrimtabError]:
             f"{type(config).__name__} at {site.path} needs the adapter {name!r} there; attach or load it first, at the same "
             "places, or name other targets"
         )
-        for name in type(config).adapter_class.needs(config)
+        for name in cls.needs(config)
         if "trimtab" not in module._modules or not host(module).adapters(name)
     ]
 

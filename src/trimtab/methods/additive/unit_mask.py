@@ -25,7 +25,7 @@ __all__ = ["UnitMask", "UnitMaskAdapter"]
 class UnitMask(MethodConfig):
     """Learned factors on heads and channels, or a fixed mask of them: shows what a task can spare (see LightPEFT).
 
-    Not as a method of its own where quality counts: it can only make units louder or quieter.
+    Not for quality, as a method of its own: it can only make units louder or quieter.
 
     Args:
         size: inputs that make up a unit; None: a head at ``attn.o``, one channel elsewhere. With grouped queries, a group of heads
