@@ -71,6 +71,7 @@ _VERBS = {
     "plan": "trimtab.training.plan",
     "spans": "trimtab.methods.additive.reft",
     "train": "trimtab.training",
+    "transfer": "trimtab.distillation",
     "evaluate": "trimtab.training",
     "Schedule": "trimtab.schedules.contract",
     "schedule": "trimtab.schedules.registry",

@@ -5,9 +5,9 @@ Each task has its own subclass of ``TrainConfig`` (``trimtab.tasks``); ``load_co
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -18,7 +18,10 @@ from trimtab.schedules.contract import Schedule
 from trimtab.schedules.registry import check_owners, from_dict
 from trimtab.training.errors import ConfigError
 
-__all__ = ["DataConfig", "TrainConfig", "load_config", "parse_override", "to_yaml"]
+__all__ = ["DataConfig", "TrainConfig", "load_config", "parse_override", "read_config", "to_yaml"]
+
+
+M = TypeVar("M", bound=BaseModel)
 
 
 class _Frozen(BaseModel):
@@ -206,16 +209,28 @@ def load_config(
     """
     from trimtab import tasks
 
+    def of_task(values: dict[str, Any]) -> type[TrainConfig]:
+        return tasks.get(values.get("task", TrainConfig.model_fields["task"].default)).config
+
+    return read_config(config, of_task, overrides=overrides)
+
+
+def read_config(
+    config: str | Path | Mapping[str, Any] | BaseModel,
+    cls: Callable[[dict[str, Any]], type[M]],
+    *,
+    overrides: Mapping[str, Any] | Iterable[str] = (),
+) -> M:
+    """A checked configuration of any kind: ``load_config`` for the class that ``cls`` chooses by the raw values."""
     pairs = overrides.items() if isinstance(overrides, Mapping) else [parse_override(text) for text in overrides]
     values, where = _read(config)
     for key, value in pairs:
         _assign(values, key, value)
-    task = values.get("task", TrainConfig.model_fields["task"].default)
-    return _validate(tasks.get(task).config, values, where)
+    return _validate(cls(values), values, where)
 
 
-def _read(config: str | Path | Mapping[str, Any] | TrainConfig) -> tuple[dict[str, Any], str]:
-    if isinstance(config, TrainConfig):
+def _read(config: str | Path | Mapping[str, Any] | BaseModel) -> tuple[dict[str, Any], str]:
+    if isinstance(config, BaseModel):
         return config.model_dump(), "the configuration"
     if isinstance(config, Mapping):
         return dict(config), "the configuration"
@@ -245,7 +260,7 @@ def _assign(values: dict[str, Any], key: str, value: Any) -> None:
     values[last] = value
 
 
-def _validate(cls: type[TrainConfig], values: dict[str, Any], where: str) -> TrainConfig:
+def _validate(cls: type[M], values: dict[str, Any], where: str) -> M:
     try:
         return cls.model_validate(values)
     except TrimtabError as error:  # the method's own sentence
@@ -255,19 +270,19 @@ def _validate(cls: type[TrainConfig], values: dict[str, Any], where: str) -> Tra
     raise ConfigError(f"{where}: " + "; ".join(problems))
 
 
-def _sentence(cls: type[TrainConfig], problem: Mapping[str, Any]) -> str:
+def _sentence(cls: type[BaseModel], problem: Mapping[str, Any]) -> str:
     """A problem that pydantic found, as a clause that names the key, the value and what to do."""
     place = [str(part) for part in problem["loc"]]
     key = ".".join(place)
     if problem["type"] == "extra_forbidden":
         section = cls if len(place) == 1 else cls.model_fields[place[0]].annotation
-        return f"there is no key {key!r}{nearest(place[-1], section.model_fields)}"
+        return f"there is no key {key!r}{nearest(place[-1], getattr(section, 'model_fields', ()))}"
     if problem["type"] == "missing":
         return f"the key {key!r} is missing"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{key or 'the configuration'}: {message[0].lower()}{message[1:]}; found {problem['input']!r}"
 
 
-def to_yaml(config: TrainConfig) -> str:
+def to_yaml(config: BaseModel) -> str:
     """The whole resolved configuration, defaults included, as YAML that ``load_config`` reads back."""
     return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from trimtab.tasks.instructions.encoding import collator, row_sums
 
-__all__ = ["best_option", "generate"]
+__all__ = ["best_option", "generate", "left_padded"]
 
 
 def generate(
@@ -51,7 +51,7 @@ def generate(
     try:
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            ids, mask = _left_padded([prompts[i] for i in chosen], pad)
+            ids, mask = left_padded([prompts[i] for i in chosen], pad)
             stops = StoppingCriteriaList([_Done(tokenizer, ids.shape[1], done)] if done is not None else [])
             with torch.inference_mode():
                 written = model.generate(
@@ -65,7 +65,7 @@ def generate(
     return texts
 
 
-def _left_padded(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
+def left_padded(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
     """Ids and mask, both ``(n, T)``."""
     width = max(map(len, rows))
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
