@@ -62,3 +62,10 @@ def test_merging_from_the_command_line_gives_a_model_of_the_whole_shape(tmp_path
         wanted, found = (m(input_ids=ids).last_hidden_state for m in (model, merged))
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
     assert merged.config.num_attention_heads == 4
+    tt.combine([tmp_path / "a"], tmp_path / "one", base=base, rank=32)  # masks and update of one place are one update
+    whole = AutoModel.from_pretrained(base).eval()
+    tt.load(whole, tmp_path / "one")
+    with torch.no_grad():
+        torch.testing.assert_close(whole(input_ids=ids).last_hidden_state, wanted, atol=1e-4, rtol=1e-4)
+    with pytest.raises(tt.Unsupported, match="trained on a cut base"):
+        tt.combine([tmp_path / "a"], tmp_path / "two", rank=32)

@@ -20,6 +20,7 @@ from trimtab.artifacts.base import LiveBase
 from trimtab.artifacts.combine import check_weights, common_base
 from trimtab.artifacts.rules import rule_entry
 from trimtab.artifacts.saved import open_saved
+from trimtab.artifacts.updates import key_of, put_effect
 from trimtab.core.attach import mount_group, remove_group
 from trimtab.core.contracts import ActivationAdapter, Adapter, MethodConfig, Reparameterization, TokenAdapter
 from trimtab.core.errors import NotMergeable, ShapeMismatch, TrimtabError, raise_all
@@ -121,18 +122,18 @@ def _mount(root: nn.Module, mixtures: list[Adapter]) -> str:
 def _mixtures(adapters: Sequence[Sequence[Adapter]], sources: Sequence[str], weights: Tensor) -> list[Adapter]:
     """One mixture a place."""
     problems: list[TrimtabError] = []
-    places: dict[tuple[str, str], list[tuple[int, Adapter]]] = {}
+    places: dict[tuple[str, str, str | None], list[tuple[int, Any]]] = {}
     for number, (mine, source) in enumerate(zip(adapters, sources, strict=True)):
         for adapter in mine:
             if isinstance(adapter, TokenAdapter | ActivationAdapter):
                 what = f"{type(adapter.config).__name__} at {adapter.site.path}"
                 problems.append(NotMergeable(f"{source}: {what} acts on activations and is no update of a weight"))
-            places.setdefault((adapter.site.path, adapter.site.slot), []).append((number, adapter))
+            put_effect(places.setdefault(key_of(adapter.site), []), number, adapter)
     raise_all(problems)
     made = []
     for members in places.values():
         thin = all(isinstance(a, Reparameterization) and a.factors() is not None and a.site.kind != "bare" for _, a in members)
-        made.append((_ThinMixture if thin else _Mixture)(MethodConfig(), members[0][1].site, members, weights))
+        made.append((_ThinMixture if thin else _Mixture)(_Config(), members[0][1].site, members, weights))
     return made
 
 
@@ -170,3 +171,9 @@ class _ThinMixture(_Mixture):
 
     def forward(self, x: Tensor, base: Operation) -> Tensor:
         return low_rank(x, base, self.a, self.b * self.weights[self.columns].to(self.b), scale=1.0)
+
+
+class _Config(MethodConfig):
+    """Says what a mixture is; nobody writes it."""
+
+    adapter_class = _Mixture

@@ -96,11 +96,6 @@ def open_saved(path: str | os.PathLike, base: Base | None = None, **options: Any
         if options:
             raise Unsupported(f"{path} is trimtab's own; {', '.join(options)} cannot be said of it")
         manifest = read_manifest(path)
-        if "cut" in manifest:
-            raise Unsupported(
-                f"{path} was trained on a base whose heads and channels were cut out, and fits that base alone; load it with "
-                "tt.load, or merge it alone into its base with `trimtab merge`"
-            )
         tensors = read_tensors(path, manifest)
         name, sample, mark = manifest["name"], manifest["base"], manifest["seal"]
         root, view = (skeleton(manifest["places"], sample["class"]) if base is None else base.root), None
@@ -113,6 +108,8 @@ def open_saved(path: str | os.PathLike, base: Base | None = None, **options: Any
         adapters = rebuild(root, manifest)
         if base is not None:
             check(base, sample, str(path), view=view)
+        if view is not None:  # what is made of it is for the whole base
+            sample = sample_of(base, [adapter.site for adapter in adapters])
     else:
         name, adapters, tensors = _read(path, kind, base, options)
         sites = [adapter.site for adapter in adapters]

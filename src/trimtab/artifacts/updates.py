@@ -21,7 +21,7 @@ from trimtab.core.host import BiasOf, on_tensors
 from trimtab.core.site import Site, dense
 from trimtab.kernels.thin import Thin, Update
 
-__all__ = ["Place", "places", "reference", "update_of", "whole_value"]
+__all__ = ["Place", "key_of", "places", "put_effect", "reference", "update_of", "whole_value"]
 
 #: an adapter, an adapter as it acts on its bias, or two of them in order: a site, a config and ``weight(W)``
 Effect = Any
@@ -52,7 +52,7 @@ def places(adapters: Sequence[Saved]) -> list[Place]:
         NotMergeable: something acts on activations or tokens and is no update of a weight. ShapeMismatch is left to the merge.
     """
     problems: list[TrimtabError] = []
-    found: dict[tuple[str, str], Place] = {}
+    found: dict[tuple[str, str, str | None], Place] = {}
     wholes: dict[tuple[str, str], Site] = {}
     effects: list[tuple[int, Effect]] = []
     for number, saved in enumerate(adapters):
@@ -73,13 +73,22 @@ def places(adapters: Sequence[Saved]) -> list[Place]:
     for number, effect in effects:
         whole = wholes.get((effect.site.path, effect.site.tensor))
         site = effect.site if whole is None else whole
-        here = found.setdefault((site.path, site.slot), Place(site, [])).effects
-        before = next((i for i, (n, e) in enumerate(here) if n == number and e.site.slot == effect.site.slot), None)
-        if before is None:
-            here.append((number, effect))
-        else:  # one adapter acts here twice (units that were cut, then its own update): one update
-            here[before] = number, _Composed(here[before][1], effect)
+        put_effect(found.setdefault(key_of(site), Place(site, [])).effects, number, effect)
     return list(found.values())
+
+
+def key_of(site: Site) -> tuple[str, str, str | None]:
+    """The tensor, or the rows of it, whatever layer of methods stands there."""
+    return site.path, site.tensor, site.part
+
+
+def put_effect(here: list[tuple[int, Effect]], number: int, effect: Effect) -> None:
+    """Add what adapter ``number`` does at a place; where it acts twice (units cut out, then its own update), as one effect."""
+    before = next((i for i, (n, e) in enumerate(here) if n == number and key_of(e.site) == key_of(effect.site)), None)
+    if before is None:
+        here.append((number, effect))
+    else:
+        here[before] = number, _Composed(here[before][1], effect)
 
 
 class _Composed:

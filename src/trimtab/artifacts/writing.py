@@ -38,7 +38,7 @@ def as_value(site: Site, value: Tensor, config: MethodConfig | None) -> Adapter:
 
 def _filled(config: MethodConfig, site: Site, values: dict[str, Tensor]) -> Adapter:
     own = copy.copy(site)
-    own.cohort = Cohort([own])
+    own.cohort, own.layer = Cohort([own]), type(config).adapter_class.layer(config)
     if own.is_meta:
         own.device = torch.device("cpu")
     adapter = shapes_only(config, own, torch.Generator())

@@ -39,7 +39,9 @@ def command(
     from trimtab.artifacts.combine import combine
     from trimtab.artifacts.merge_base import merge_checkpoint
     from trimtab.artifacts.rules import merge_rules
+    from trimtab.compat.sketch_folder import is_sketch
     from trimtab.core.errors import ShapeMismatch, Unsupported
+    from trimtab.training.models import resolve
 
     if rules:
         print(merge_rules())
@@ -59,7 +61,7 @@ def command(
     _unfit({"--rank": rank, "--name": name, "--format": None if format == "trimtab" else format}, kind == "adapter", kind)
     _unfit({"--into": into, "--untie": untie or None}, kind == "model", kind)
     common: dict[str, Any] = {"weights": numbers, "rule": rule, "max_error": max_error, "seed": seed, **more}
-    if kind == "model" and len(adapters) == 1 and _needs_modules(adapters[0], base):
+    if kind == "model" and len(adapters) == 1 and is_sketch(resolve(base)):
         print(_merge_modules(adapters[0], base, out, into=into, max_error=max_error, untie=untie))
     elif kind == "model":
         print(merge_checkpoint(adapters, base, out=out, into=into, untie=untie, **common))
@@ -68,17 +70,8 @@ def command(
     print(f"wrote {out}")
 
 
-def _needs_modules(adapter: Path, base: str) -> bool:
-    """Whether only modules know how to merge: an adapter of a base that units were cut out of, or a base that is a sketch."""
-    from trimtab.compat.sketch_folder import is_sketch
-    from trimtab.core.checkpoint import MANIFEST, inspect
-    from trimtab.training.models import resolve
-
-    return is_sketch(resolve(base)) or ((adapter / MANIFEST).is_file() and "cut" in inspect(adapter))
-
-
 def _merge_modules(adapter: Path, base: str, out: Path, *, into: str | None, max_error: float | None, untie: bool) -> Any:
-    """Merge in memory; where units were cut out for the adapter, the whole base gets zeros."""
+    """Merge in memory, into a base that is a sketch."""
     import transformers
 
     import trimtab as tt

@@ -1,9 +1,11 @@
-"""Reader of adapter-hub's ``adapters`` folders: LoRA and (IA)^3, also of GPT-2's fused projections.
+"""Reader of adapter-hub's ``adapters`` folders: LoRA and (IA)^3, also of GPT-2's fused projections, and series bottlenecks.
 
 ``adapter_config.json`` holds ``config`` (the method) and ``name``; ``adapter.safetensors`` or ``pytorch_adapter.bin`` holds
 ``<module path>.loras.<name>.lora_A`` (r, in) and ``lora_B`` (out, r). Scale ``alpha / r``; versions before 1.1.0 of ``adapters``
 trained without it, and their loader corrects that, as this one does. In a fused layer the factors of q, k and v stand one below
-the other. Facts: adapter-hub/adapters src/adapters/{loading,utils}.py, methods/lora.py, configuration/adapter_config.py.
+the other. A bottleneck is ``<path>.adapters.<name>.adapter_down.0.{weight,bias}`` and ``adapter_up.{weight,bias}``; where it reads
+what it is added to, as Houlsby's does, it is ``tt.SeriesAdapter``; Pfeiffer's reads a norm of it and has no counterpart here.
+Facts: adapter-hub/adapters src/adapters/{loading,utils}.py, methods/{lora,modeling}.py, configuration/adapter_config.py.
 """
 
 from __future__ import annotations
@@ -53,17 +55,19 @@ class AdapterHubFolder(ForeignFormat):
             raise CheckpointMismatch(f"{path} is no whole adapter: it lacks {' and '.join(FILES)} (found: {inside})")
         stored = read_tensors(file)
         filling = Filling(root, file, stored)
-        key_of = re.compile(rf"(?P<path>.+)\.loras\.{re.escape(name)}\.(?P<factor>lora_[AB])")
+        kind, factor = ("loras", "lora_[AB]") if "r" in config else ("adapters", "adapter_(?:down\\.0|up)\\.(?:weight|bias)")
+        key_of = re.compile(rf"(?P<path>.+)\.{kind}\.{re.escape(name)}\.(?P<factor>{factor})")
         places: dict[str, dict[str, str]] = {}
         for key in stored:
             match = key_of.fullmatch(key)
             if match:
                 places.setdefault(_own_path(match["path"], root), {})[match["factor"]] = key
         for place, keys in places.items():
-            site = filling.site(place)
+            site = filling.site(place) if kind == "loras" else filling.output(_sublayer(place, filling))
             if site is not None:
                 factors = {factor: stored[key] for factor, key in keys.items()}
-                (_gain if config["composition_mode"] == "scale" else _lora)(filling, site, config, factors, keys)
+                put = _bottleneck if kind == "adapters" else _gain if config["composition_mode"] == "scale" else _lora
+                put(filling, site, config, factors, keys)
         return name, *filling.finish()
 
 
@@ -71,14 +75,14 @@ def _method(about: dict[str, Any], path: Path) -> dict[str, Any]:
     """The method's settings.
 
     Raises:
-        Unsupported: no LoRA or (IA)^3, or with a gate. CheckpointMismatch: a setting without which its function is not known.
+        Unsupported: another architecture, or a gate. CheckpointMismatch: a setting without which its function is not known.
     """
     config = dict(about["config"])
     kind = config.get("architecture") or "bottleneck"
+    if kind == "bottleneck":
+        return _series(config, about, path)
     if kind != "lora":
-        raise Unsupported(
-            f"{path} holds an adapter of the architecture {kind}, which trimtab does not read; it reads lora and (IA)^3"
-        )
+        raise Unsupported(f"{path} holds an adapter of the architecture {kind}, and trimtab reads lora, (IA)^3 and bottlenecks")
     if config.get("use_gating"):
         raise Unsupported(f"{path} says use_gating: its update depends on the input, and no weight is the same")
     lacking = [key for key in ("r", "alpha") if not isinstance(config.get(key), int | float)]
@@ -92,12 +96,72 @@ def _method(about: dict[str, Any], path: Path) -> dict[str, Any]:
     return config
 
 
+#: what their bottleneck may not do besides -> its value where it does not
+_PLAIN = {
+    "original_ln_before": False, "is_parallel": False, "ln_before": False, "ln_after": False, "phm_layer": False,
+    "use_gating": False, "inv_adapter": None, "cross_adapter": False,
+}  # fmt: skip
+_ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "swish": "silu", "silu": "silu", "tanh": "tanh"}
+_OLD_ACTIVATIONS = {"gelu": "gelu_tanh", "gelu_orig": "gelu"}  # of files without a version
+
+
+def _series(config: dict[str, Any], about: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The settings of a bottleneck that is ``y + s Up f(Down y)``.
+
+    Raises:
+        Unsupported: it computes something else.
+    """
+    other = [f"{key}={config[key]!r}" for key, plain in _PLAIN.items() if config.get(key, plain) not in (plain, None)]
+    if config.get("residual_before_ln", True) == "post_add":
+        other.append("residual_before_ln='post_add'")
+    if not isinstance(config.get("scaling", 1.0), int | float):
+        other.append(f"scaling={config['scaling']!r}")
+    name = str(config.get("non_linearity")).lower()
+    act = (_OLD_ACTIVATIONS if "version" not in about else {}).get(name) or _ACTIVATIONS.get(name)
+    if act is None:
+        other.append(f"non_linearity={config.get('non_linearity')!r}")
+    if other:
+        raise Unsupported(
+            f"{path} holds a bottleneck with {', '.join(other)}, which no method here computes; the series bottleneck on a "
+            "sublayer's own output (double_seq_bn) can be read"
+        )
+    return {"act": act, "scale": float(config.get("scaling", 1.0))}
+
+
+def _sublayer(path: str, filling: Filling) -> str:
+    """The module whose output a bottleneck at ``path`` of theirs reads: the last matrix of the attention or the feed-forward."""
+    if f"{path}.dense" in filling.modules:
+        return f"{path}.dense"
+    block, _, slot = path.rpartition(".")
+    role = {"attention_adapters": "attn.o", "output_adapters": "mlp.down"}.get(slot)
+    found = [p for p, r in filling.anatomy.roles.items() if r == role and p.startswith(f"{block}.")]
+    return found[0] if len(found) == 1 else path
+
+
+def _bottleneck(filling: Filling, site: Site, config: dict[str, Any], factors: dict[str, Tensor], keys: dict[str, str]) -> None:
+    names = {
+        "down": "adapter_down.0.weight",
+        "down_bias": "adapter_down.0.bias",
+        "up": "adapter_up.weight",
+        "up_bias": "adapter_up.bias",
+    }
+    lacking = [name for name in names.values() if name not in factors]
+    filling.missing += [f"{site.path}.{name}" for name in lacking]
+    if lacking:
+        return
+    ours = {key: factors[name] for key, name in names.items()}
+    width = ours["down"].shape[0]
+    series = get("SeriesAdapter")(bottleneck=width, act=config["act"], scale=config["scale"], position="after")
+    filling.put(site, series, ours, keys.values())
+
+
 def _own_path(path: str, root: nn.Module) -> str:
     """A module path of theirs in ``root``: with or without the base model's prefix."""
     prefix = getattr(root, "base_model_prefix", "")
     names = [path, f"{prefix}.{path}", path.removeprefix(f"{prefix}.")]
     modules = dict(root.named_modules())
-    return next((name for name in names if name in modules), path)
+    # their own modules (attention_adapters) are not there; what holds them is
+    return next((name for name in names if name in modules or name.rpartition(".")[0] in modules), path)
 
 
 def _lora(filling: Filling, site: Site, config: dict[str, Any], factors: dict[str, Tensor], keys: dict[str, str]) -> None:

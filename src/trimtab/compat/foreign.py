@@ -18,6 +18,7 @@ from trimtab.core.checkpoint import install
 from trimtab.core.contracts import Adapter, MethodConfig
 from trimtab.core.errors import CheckpointMismatch, NoMatch, ShapeMismatch, TrimtabError, Unsupported, nearest, raise_all
 from trimtab.core.kinds import site_for
+from trimtab.core.places import module_site
 from trimtab.core.selection import Place
 from trimtab.core.site import Rows, Site
 
@@ -92,17 +93,33 @@ class Filling:
 
     def site(self, path: str, tensor: str = "weight", *, part: str | None = None, rows: Rows | None = None) -> Site | None:
         """The site at ``path``, or None with the problem noted."""
-        module = self.modules.get(path)
+        module = self._module(path)
         if module is None:
-            self.problems.append(
-                NoMatch(f"{self.source} acts on {path}, which this model does not have{nearest(path, self.modules)}")
-            )
             return None
         if module._parameters.get(tensor) is None:
             self.problems.append(Unsupported(f"{self.source} acts on {path}, a {type(module).__name__} without a {tensor}"))
             return None
         role = self.anatomy.roles.get(path)
         return site_for(Place(path, module, part=part, rows=rows, role=role, block=self.anatomy.block_of(path)), tensor)
+
+    def _module(self, path: str) -> nn.Module | None:
+        if path not in self.modules:
+            self.problems.append(
+                NoMatch(f"{self.source} acts on {path}, which this model does not have{nearest(path, self.modules)}")
+            )
+        return self.modules.get(path)
+
+    def output(self, path: str) -> Site | None:
+        """The site of the module at ``path`` for an adapter on its output, or None with the problem noted."""
+        module = self._module(path)
+        if module is None:
+            return None
+        place = Place(path, module, role=self.anatomy.roles.get(path), block=self.anatomy.block_of(path))
+        try:
+            return module_site(place, None)
+        except TrimtabError as error:
+            self.problems.append(error)
+            return None
 
     def put(self, site: Site, config: MethodConfig, tensors: dict[str, Tensor], keys: Iterable[str]) -> None:
         """An adapter at ``site`` with these tensors, in any shape of as many numbers; ``keys`` of the file are then used."""
