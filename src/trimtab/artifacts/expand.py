@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from trimtab.artifacts import starts
-from trimtab.artifacts.packed import Packed
+from trimtab.artifacts.fitting import spread
+from trimtab.artifacts.packed import Entry, Packed
 from trimtab.artifacts.sources import unpack_base
 from trimtab.artifacts.weights import Weights
 from trimtab.core import cut, fingerprint
@@ -122,10 +124,14 @@ def adapter_tensors(packed: Packed, model: nn.Module | None, *, reference: Path 
 
 def _values(packed: Packed, start: Callable[[str, str], Tensor | None]) -> Iterator[tuple[str, Tensor]]:
     """``(key, value)`` in the order of the file; what equals its start comes last, large tensors when their last rows are there."""
+    factors: dict[int, Tensor] = {}
     for frame, payload, offset in packed.payloads():
         if frame.tag == b"raw ":
             entry = packed.entries[frame.pieces[0][0]]
             yield entry.key, packed.raw(entry, payload, offset)
+            continue
+        if frame.tag == b"fits":
+            factors = packed.factors(frame, payload, offset)
             continue
         for number, first, last, symbols in packed.symbols(frame, payload, offset):
             entry = packed.entries[number]
@@ -133,13 +139,22 @@ def _values(packed: Packed, start: Callable[[str, str], Tensor | None]) -> Itera
                 value = _origin(entry.shape, entry.dtype, start(entry.key, entry.start))
             columns = entry.rows[1]
             part = value[first * columns : last * columns]
-            part.copy_(part.float().add_(torch.from_numpy(symbols), alpha=entry.scale))
+            part.copy_(part.float().add_(_scaled(entry, factors.get(number), torch.from_numpy(symbols), first, last)))
             if last == entry.rows[0]:
                 yield entry.key, value.reshape(entry.shape)
     for entry in packed.entries:
         empty = entry.store == "ternary" and not entry.numel
         if entry.store == "start" or empty:
             yield entry.key, _origin(entry.shape, entry.dtype, start(entry.key, entry.start)).reshape(entry.shape)
+
+
+def _scaled(entry: Entry, factors: Tensor | None, symbols: Tensor, first: int, last: int) -> Tensor:
+    """``c m s`` of the rows from ``first`` to ``last``, (n,)."""
+    piece = replace(entry, shape=(last - first, entry.rows[1]))
+    by_rows = entry.rows[0] < entry.rows[1]
+    if factors is None or not by_rows:
+        return spread(piece, factors, symbols, by_rows=False)
+    return spread(piece, factors[first:last], symbols, by_rows=True)
 
 
 def _origin(shape: tuple[int, ...], dtype: str, start: Tensor | None) -> Tensor:

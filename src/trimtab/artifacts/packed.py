@@ -3,7 +3,8 @@
 ::
 
     "TRIMTERN"  u32 version  u32 length  header  u32 crc         the header is zlib-compressed JSON
-    tag  u32 length  payload  u32 crc                            a frame: "tern" (symbols) or "raw " (one tensor as it is)
+    tag  u32 length  payload  u32 crc                            a frame: "raw " (one tensor as it is), "fits" (all fitted
+                                                                 factors, float16), "tern" (symbols)
     "end "  u32 20  u32 frames, 16 bytes blake2b  u32 crc        the digest covers everything before the end
 
 Numbers are little-endian, crc is CRC-32 of all bytes since the frame's tag (the file's first byte for the header). A frame of
@@ -54,6 +55,7 @@ class Entry:
             ``int8``: as it is, at fewer bits.
         start: what the update is added to: ``zero``, ``made``, ``base``, ``held``, ``other`` (see ``starts.py`` and ``compress``).
         scale: of a ternary update.
+        fitted: whether each of its rows or columns, whichever are fewer, has a factor beside it.
     """
 
     key: str
@@ -62,6 +64,7 @@ class Entry:
     store: str
     start: str = "zero"
     scale: float = 0.0
+    fitted: bool = False
 
     @property
     def numel(self) -> int:
@@ -89,7 +92,9 @@ class Frame:
 
 
 def frames_of(entries: Sequence[Entry]) -> list[Frame]:
-    """The frames of a file: first what is stored as it is, one tensor each, then symbols in the order of the entries."""
+    """The frames of a file: what is stored as it is, one tensor each, then factors, then symbols in the order of the entries."""
+    fitted = tuple((i, 0, min(entry.rows)) for i, entry in enumerate(entries) if entry.fitted)
+    factors = [Frame(b"fits", fitted)] if fitted else []
     raw = [Frame(b"raw ", ((i, 0, 0),)) for i, entry in enumerate(entries) if entry.store not in ("ternary", "start")]
     frames: list[Frame] = []
     pieces: list[tuple[int, int, int]] = []
@@ -109,7 +114,7 @@ def frames_of(entries: Sequence[Entry]) -> list[Frame]:
             start = stop
     if pieces:
         frames.append(Frame(b"tern", tuple(pieces)))
-    return [*raw, *frames]
+    return [*raw, *factors, *frames]
 
 
 # -- writing
@@ -278,6 +283,14 @@ class Packed:
             return unpack_plain(payload, entry.store, entry.dtype, entry.shape)
         except (ValueError, zlib.error) as error:
             raise self._bad(offset, f"{entry.key} cannot be read ({error})") from None
+
+    def factors(self, frame: Frame, payload: bytes, offset: int) -> dict[int, Tensor]:
+        """Number of the entry -> its factors, for the frame that holds them."""
+        sizes = [stop for _, _, stop in frame.pieces]
+        if len(payload) != 2 * sum(sizes):
+            raise self._bad(offset, f"{len(payload)} bytes for {sum(sizes)} factors")
+        parts = torch.frombuffer(bytearray(payload), dtype=torch.float16).split(sizes)
+        return {number: part for (number, _, _), part in zip(frame.pieces, parts, strict=True)}
 
     def symbols(self, frame: Frame, payload: bytes, offset: int) -> Iterator[tuple[int, int, int, Any]]:
         """``(number of the entry, first row, last row + 1, (n,) symbols)`` for every piece of a frame."""

@@ -14,17 +14,19 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trimtab.artifacts.packed import Packed
+from trimtab.artifacts.packed import Entry, Packed
 from trimtab.artifacts.ternary import Tally, Ternary
-from trimtab.core.errors import CheckpointMismatch, ShapeMismatch
+from trimtab.core.errors import CheckpointMismatch, ShapeMismatch, Unsupported
 
 __all__ = ["Update", "read_update"]
 
 Term = tuple[float, Ternary]
+MOST_TERMS = 64  # of a tensor whose rows or columns have scales of their own
 
 
 @dataclass(frozen=True)
@@ -113,12 +115,31 @@ def read_update(path: str | os.PathLike) -> Update:
     parts: dict[str, list[NDArray[np.int8]]] = {entry.key: [] for entry in packed.entries if entry.store == "ternary"}
     if not parts:
         raise CheckpointMismatch(f"{packed.path} holds no ternary update")
+    factors: dict[int, Any] = {}
     for frame, payload, offset in packed.payloads():
+        if frame.tag == b"fits":
+            factors = packed.factors(frame, payload, offset)
         if frame.tag == b"tern":
             for number, _, _, symbols in packed.symbols(frame, payload, offset):
                 parts[packed.entries[number].key].append(symbols)
     entries = {entry.key: entry for entry in packed.entries}
     empty = np.zeros(0, np.int8)
-    whole = {key: Ternary.pack(np.concatenate([empty, *found])) for key, found in parts.items()}
-    terms = {key: ((entries[key].scale, vector),) for key, vector in whole.items()}
+    whole = {key: np.concatenate([empty, *found]) for key, found in parts.items()}
+    numbers = {entry.key: i for i, entry in enumerate(packed.entries)}
+    terms = {key: _terms(entries[key], symbols, factors.get(numbers[key])) for key, symbols in whole.items()}
     return Update(terms, {key: entries[key].shape for key in parts})
+
+
+def _terms(entry: Entry, symbols: NDArray[np.int8], factors: Any) -> tuple[Term, ...]:
+    """One term; where factors were fitted, one for each of them, its row or column alone."""
+    if factors is None:
+        return ((entry.scale, Ternary.pack(symbols)),)
+    if len(factors) > MOST_TERMS:
+        raise Unsupported(f"{entry.key} has {len(factors)} fitted factors, too many to keep packed; tt.expand the file instead")
+    table, terms = symbols.reshape(entry.rows), []
+    for i, factor in enumerate(factors.tolist()):
+        only = np.zeros_like(table)
+        part = np.s_[i] if entry.rows[0] < entry.rows[1] else np.s_[:, i]
+        only[part] = table[part]
+        terms.append((entry.scale * factor, Ternary.pack(only)))
+    return tuple(terms)

@@ -24,6 +24,7 @@ def command(
     reference: Annotated[str, typer.Option("--reference", help="auto, zero, or the adapter or checkpoint to count from.")] = "auto",
     keep: Annotated[list[str] | None, typer.Option("--keep", help="Pattern of tensors to keep as they are; repeatable.")] = None,
     rest: Annotated[str, typer.Option("--rest", help="How those are stored: raw, float16, bfloat16 or int8.")] = "raw",
+    fit: Annotated[int, typer.Option("--fit", min=0, help="Fit a scale a row or column to so many training batches; 60.")] = 0,
     on: Annotated[str, typer.Option("--on", help="Split of the run's data that several settings are tried on.")] = "validation",
     tolerance: Annotated[float, typer.Option("--tolerance", help="Loss of the metric that a smaller density may cost.")] = 0.005,
 ) -> None:
@@ -36,19 +37,20 @@ def command(
     from trimtab.core.table import Table
     from trimtab.training.files import write_text
     from trimtab.training.run import ADAPTER, CONFIG
-    from trimtab.training.scoring import scorer
+    from trimtab.training.scoring import scorer, training_losses
 
     settings = {
         "density": [part.strip() for part in density.split(",")], "alpha": [_alpha(part) for part in alpha.split(",")],
         "scope": scope, "coding": coding, "reference": reference, "keep": keep or [], "rest": rest, "tolerance": tolerance,
     }  # fmt: skip
-    print(json.dumps({"source": str(source), "out": str(out), **settings, "on": on}))
+    print(json.dumps({"source": str(source), "out": str(out), **settings, "fit": fit, "on": on}))
     run = source if (source / CONFIG).is_file() and (source / ADAPTER).is_dir() else None
     tried = len(settings["density"]) * len(settings["alpha"]) > 1
-    if tried and run is None:
-        raise Unsupported(f"several settings are tried on a run's data, and {source} is no run's folder")
+    if (tried or fit) and run is None:
+        raise Unsupported(f"several settings are tried, and scales fitted, on a run's data, and {source} is no run's folder")
     model, score = scorer(run, on=on) if run is not None else (None, None)
-    result = compress(source / ADAPTER if run else source, out, model=model, score=score, **settings)
+    losses = training_losses(run, fit) if fit else None
+    result = compress(source / ADAPTER if run else source, out, model=model, score=score, losses=losses, **settings)
     if result.trials:
         table = Table(("density", "alpha", "score"))
         for row in result.trials:
@@ -56,7 +58,7 @@ def command(
         print(table)
     print(result)
     record = {key: str(value) if isinstance(value, Path) else value for key, value in dataclasses.asdict(result).items()}
-    write_text(out.with_name(f"{out.name}.json"), json.dumps({"settings": settings, **record}, indent=1) + "\n")
+    write_text(out.with_name(f"{out.name}.json"), json.dumps({"settings": settings | {"fit": fit}, **record}, indent=1) + "\n")
 
 
 def _alpha(text: str) -> float | None:

@@ -1,21 +1,32 @@
-"""A finished run as a judge: its base, and what an adapter on it reaches on one of its splits."""
+"""A finished run as a judge: its base, what an adapter on it reaches on one of its splits, and losses on its training rows."""
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from accelerate.utils import send_to_device
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from trimtab import tasks
 from trimtab.core.errors import nearest
-from trimtab.training.config import load_config
+from trimtab.training.config import TrainConfig, load_config
 from trimtab.training.errors import ConfigError, RunError
 from trimtab.training.run import CONFIG, INFO
+from trimtab.training.sampler import EpochSampler
 
-__all__ = ["scorer"]
+__all__ = ["scorer", "training_losses"]
+
+
+def _opened(run: str | Path) -> tuple[Path, TrainConfig]:
+    folder = Path(run)
+    missing = [name for name in (CONFIG, INFO) if not (folder / name).is_file()]
+    if missing:
+        raise RunError(f"{folder} holds no run: there is no {missing[0]} in it; give the folder that trimtab train wrote")
+    return folder, load_config(folder / CONFIG)
 
 
 def scorer(
@@ -31,11 +42,7 @@ def scorer(
     Raises:
         RunError: there is no run. ConfigError: no such metric. DataError: no such split.
     """
-    folder = Path(run)
-    missing = [name for name in (CONFIG, INFO) if not (folder / name).is_file()]
-    if missing:
-        raise RunError(f"{folder} holds no run: there is no {missing[0]} in it; give the folder that trimtab train wrote")
-    config = load_config(folder / CONFIG)
+    folder, config = _opened(run)
     task = tasks.get(config.task)
     name = metric or config.metric
     if name not in (*task.metrics, "loss"):
@@ -49,3 +56,31 @@ def scorer(
         return -value if name == "loss" else value
 
     return bundle.model, score
+
+
+def training_losses(run: str | Path, batches: int) -> Callable[[nn.Module], Iterator[Tensor]]:
+    """Losses of a run's own kind on its first training batches, in the order that its seed gives them.
+
+    Raises:
+        RunError: there is no run. DataError: its training rows are not there.
+    """
+    folder, config = _opened(run)
+    bundle = tasks.get(config.task).restore(config, json.loads((folder / INFO).read_text("utf-8")), "train")
+    rows = bundle.splits["train"]
+
+    def losses(model: nn.Module) -> Iterator[Tensor]:
+        lengths = [bundle.length(row) for row in rows]
+        order: list[int] = []
+        for epoch in itertools.count():
+            sampler = EpochSampler(lengths, batch_size=config.batch_size, seed=config.seed, bucket=config.bucket)
+            sampler.set_epoch(epoch)
+            order += list(sampler)
+            if len(order) >= batches * config.batch_size:
+                break
+        device = next(model.parameters()).device
+        for start in range(0, batches * config.batch_size, config.batch_size):
+            batch = send_to_device(bundle.collate([rows[i] for i in order[start : start + config.batch_size]]), device)
+            labels = batch.pop("labels")
+            yield bundle.loss(model(**batch), labels)
+
+    return losses

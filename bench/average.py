@@ -1,0 +1,113 @@
+"""Averages of a run's checkpoints on WordNet supersenses: weighted by loss, step or score, uniform, and single ones.
+
+``python bench/average.py`` (half an hour on one core, and the runs of ``supersense_runs.py`` before it). For every run of LoRA, with
+the learning rate falling linearly to 0 and constant, checkpoints of every 50th step are averaged in each way, and the test accuracy of
+the result is compared with that of the last checkpoint, of the best one by validation, and of the uniform average of the same
+checkpoints: mean difference over seeds, in points, with its standard error. Results go to ``bench/results/average.json`` after every
+figure, and an interrupted run continues there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import trimtab as tt
+from supersense_runs import SEEDS, run
+from trimtab.artifacts.trials import alone
+from trimtab.core.table import Table
+from trimtab.training.scoring import scorer
+
+RESULTS = Path(__file__).parent / "results" / "average.json"
+GROUPS = ("LoRA", "LoRA, constant rate")
+STRENGTHS = [0.0, 0.5, 0.7, 1.0, 3.0, 10.0]
+SETTINGS: dict[str, dict[str, Any]] = {
+    "last": {"scheme": "uniform", "last": 1},
+    "best single": {"scheme": "uniform", "best": 1},
+    "uniform, last 4": {"scheme": "uniform", "last": 4},
+    "uniform, last 10": {"scheme": "uniform", "last": 10},
+    "uniform, best 4": {"scheme": "uniform", "best": 4},
+    "loss^0.5, last 10": {"strength": 0.5, "last": 10},
+    "loss^0.7, last 10": {"strength": 0.7, "last": 10},
+    "loss^3, last 10": {"strength": 3.0, "last": 10},
+    "loss^0.7, last 4 of every 3rd": {"strength": 0.7, "last": 4, "stride": 3},
+    "step^1, last 10": {"by": "step", "strength": 1.0, "last": 10},
+    "step^1.05, last 10": {"by": "step", "strength": 1.05, "last": 10},
+    "accuracy^1, last 10": {"by": "score", "strength": 1.0, "last": 10},
+    "chosen on validation": {"strength": STRENGTHS, "last": [1, 4, 10, 15]},
+}
+BASELINES = ("last", "best single", "uniform, last 10")
+
+
+def stored() -> dict[str, Any]:
+    """The results so far."""
+    return json.loads(RESULTS.read_text("utf-8")) if RESULTS.is_file() else {}
+
+
+def store(value: dict[str, Any]) -> None:
+    """Write all of them in one step."""
+    draft = RESULTS.with_suffix(".part")
+    draft.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
+    os.replace(draft, RESULTS)
+
+
+def one(folder: Path, given: dict[str, Any], model: Any, test: Any, judge: Any) -> dict[str, Any]:
+    """The test accuracy of one average."""
+    base, score = judge if isinstance(given.get("last"), list) else (None, None)
+    with tempfile.TemporaryDirectory() as place:
+        result = tt.average(folder, Path(place) / "out", model=base, score=score, **given)
+        with alone(model, result.path):
+            reached = test(model)
+    names = [path.name for path in result.used]
+    return {"test": reached, "gap": result.gap, "used": names, "weights": result.weights, "setting": result.setting, "trials": result.trials}
+
+
+def summarise(rows: dict[str, Any]) -> Table:
+    """Mean test accuracy over seeds, and the paired differences to the base lines in points, with standard errors."""
+    table = Table(("run", "average", "seeds", "test", *(f"against {name}" for name in BASELINES)))
+    table.limit = 100
+    for group in GROUPS:
+        for label in SETTINGS:
+            found = {seed: rows[f"{group} | {seed} | {label}"] for seed in SEEDS if f"{group} | {seed} | {label}" in rows}
+            if not found:
+                continue
+            cells = []
+            for base in BASELINES:
+                each = [
+                    100 * (row["test"] - rows[f"{group} | {seed} | {base}"]["test"])
+                    for seed, row in found.items() if f"{group} | {seed} | {base}" in rows
+                ]  # fmt: skip
+                error = statistics.stdev(each) / math.sqrt(len(each)) if len(each) > 1 else math.nan
+                cells.append(f"{statistics.mean(each):+.2f} +- {error:.2f}" if each else "")
+            table.add(group, label, len(found), round(statistics.mean(row["test"] for row in found.values()), 4), *cells)
+    return table
+
+
+def main() -> None:
+    """See the module."""
+    rows = stored().get("runs", {})
+    for group in GROUPS:
+        for seed in SEEDS:
+            folder = run(group, seed)
+            model, test = scorer(folder, on="test")
+            judge = None
+            for label, given in SETTINGS.items():
+                key = f"{group} | {seed} | {label}"
+                if key in rows:
+                    continue
+                judge = judge or scorer(folder, on="validation")
+                rows[key] = one(folder, given, model, test, judge)
+                store({"runs": rows, "summary": summarise(rows).records()})
+                print(key, rows[key]["test"], flush=True)
+    print(summarise(rows))
+
+
+if __name__ == "__main__":
+    main()
