@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import trimtab as tt
 from token_models import HEADS, VOCABULARY, WIDTH, bert, bloom, gpt2, llama, t5, vit
@@ -195,8 +196,21 @@ def test_what_is_refused() -> None:
         tt.attach(seeded(llama), tt.PromptTuning(ids=(99,)))
     with pytest.raises(tt.ShapeMismatch, match="at least 0, one or more"):
         tt.PromptTuning(ids=())
+
+
+def test_tokens_on_their_way_between_blocks() -> None:
+    """A hook that puts a copy in the hidden states' place changes nothing, recomputation or not; two checkpoints, one within the
+    other, hand the inner one tensors without their tokens: an error, not another result."""
     model = seeded(bert)
-    prompted(model)
-    model.bert.encoder.layer[0].register_forward_hook(lambda module, args, y: y * 1)
+    p = prompted(model)
+    want = model(ids()).logits
+    want.sum().backward()
+    gradient, p.grad = p.grad, None
+    hook = model.bert.encoder.layer[0].register_forward_hook(lambda module, args, y: y * 1)
+    torch.testing.assert_close(model(ids()).logits, want)
+    model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    model(ids()).logits.sum().backward()
+    torch.testing.assert_close(p.grad, gradient, atol=1e-5, rtol=1e-4)
+    hook.remove()
     with pytest.raises(tt.Unsupported, match="lost on the way to bert.encoder.layer.1"):
-        model(ids())
+        checkpoint(lambda: model(ids()).logits, use_reentrant=False).sum().backward()

@@ -319,8 +319,11 @@ def _serve(root: nn.Module, state: ModelState, name: str, adapters: list[TokenAd
     for adapter in adapters:
         if adapter.duty == "prompt":
             host(adapter.site.module).rotates = rotates(adapter.site.module)
+        before = adapter.site.module
         for path, duty in companions(adapter, anatomy):
             module = anatomy.modules[path]
+            if duty == "carry":
+                host(before).next, before = path, module
             there = serve(module, path, name, duty, adapter)
             state.hosts[path] = module
             if adapter.duty == "fresh":

@@ -22,6 +22,7 @@ blocks the sequence has its own length, and the tokens travel as an attribute of
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -53,7 +54,7 @@ def run(host: Host, module: nn.Module, args: tuple, kwargs: dict, acting: dict[s
     if "enter" in acting or "carry" in acting:
         inner = partial(_carried, host, acting, inner)
     if "pass" in acting:
-        inner = partial(_passed, inner)
+        inner = partial(_passed, host, inner)
     if "prompt" in acting:
         inner = partial(_prompted, host, module, acting["prompt"], inner)
     return inner(args, kwargs)
@@ -139,19 +140,44 @@ class _Carried:
 def _carried(host: Host, acting: dict[str, Acting], inner: Inner, args: tuple, kwargs: dict) -> Any:
     """Tokens that go through the blocks: in line while a block runs, an attribute of the hidden states between two."""
     x = first_of(args, kwargs)
-    carried = getattr(x, _CARRIED, None) if "carry" in acting else None
-    if "carry" in acting and carried is None:
-        raise Unsupported(
-            f"the learned tokens were lost on the way to {host.path}: between two blocks they travel with the hidden states, and "
-            "something (a hook, an offload, a checkpoint within a checkpoint) put another tensor in their place; use "
-            "PrefixTuning or VPT(deep=True), whose tokens do not travel"
-        )
+    carried = _handed_on(host, x) if "carry" in acting else None
     if "enter" in acting:
         tokens, seen = acting["enter"].tokens(x.shape[0])
         new = _Carried(tokens.to(x.dtype).expand(x.shape[0], -1, -1), seen)
         carried = new if carried is None else _both(carried, new)
     y, tokens = _in_line(args, kwargs, carried.tokens, carried.seen, inner)
-    return y if "leave" in acting else replace_output(y, partial(_mark, _CARRIED, _Carried(tokens, carried.seen)))
+    if "leave" in acting:
+        return y
+    onward = _Carried(tokens, carried.seen)
+    if not torch.compiler.is_compiling():
+        _ON_THE_WAY.set((host.next, x.shape, onward))
+    return replace_output(y, partial(_mark, _CARRIED, onward))
+
+
+#: what the last block gave: path of the next one, shape of the hidden states, tokens. For forwards whose hooks (FSDP2's, a move to
+#: another device) hand on a copy of the hidden states, without the attribute
+_ON_THE_WAY: ContextVar[tuple[str, torch.Size, _Carried] | None] = ContextVar("trimtab_on_the_way", default=None)
+
+
+def _handed_on(host: Host, x: Tensor) -> _Carried:
+    """The tokens that come with the hidden states ``x``."""
+    carried = getattr(x, _CARRIED, None)
+    if carried is None and not torch.compiler.is_compiling():
+        way = _ON_THE_WAY.get()
+        # in backward, a checkpoint runs some blocks again: what the last block of all gave is another forward's, or none's
+        forward = torch._C._current_graph_task_id() == -1
+        if way is not None and forward and way[:2] == (host.path, x.shape):
+            carried = _Carried(way[2].tokens.to(x.device), way[2].seen)
+    if carried is None:
+        raise Unsupported(
+            f"the learned tokens were lost on the way to {host.path}: between two blocks they travel with the hidden states, and "
+            "something (a hook, an offload, a checkpoint within a checkpoint) put another tensor in their place; use "
+            "PrefixTuning or VPT(deep=True), whose tokens do not travel"
+        )
+    if not torch.compiler.is_compiling():
+        _ON_THE_WAY.set(None)
+    setattr(x, _CARRIED, carried)  # for a checkpoint that runs this block again on x
+    return carried
 
 
 def _both(a: _Carried, b: _Carried) -> _Carried:
@@ -187,7 +213,7 @@ def _mark(name: str, value: Any, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _passed(inner: Inner, args: tuple, kwargs: dict) -> Any:
+def _passed(host: Host, inner: Inner, args: tuple, kwargs: dict) -> Any:
     """A block of a causal stack: the passages of the run that it belongs to, also when a checkpoint repeats it in backward."""
     x = first_of(args, kwargs)
     held = passages() or getattr(x, _PASSED, ())
@@ -196,7 +222,36 @@ def _passed(inner: Inner, args: tuple, kwargs: dict) -> Any:
     setattr(x, _PASSED, held)
     with entered(held):
         y = inner(args, kwargs)
+    for passage in held:
+        if isinstance(passage, Recorder):
+            y = _bind(host, passage, y)
     return replace_output(y, partial(_mark, _PASSED, held))
+
+
+def _bind(host: Host, recorder: Recorder, y: Any) -> Any:
+    """The block's output, bound to the keys and values that were noted in it."""
+    inside = [path for path in recorder.found if path.startswith(f"{host.path}.")]
+    noted = [tensor for path in inside for tensor in recorder.found[path]]
+    bound = _Bound.apply(first_tensor(y), *noted)
+    for number, path in enumerate(inside):
+        recorder.found[path] = bound[2 * number + 1], bound[2 * number + 2]
+    return replace_output(y, lambda _: bound[0])
+
+
+class _Bound(torch.autograd.Function):
+    """Identity of several tensors: none of them gets its gradient before all have theirs.
+
+    FSDP gathers a block's weights when the gradient of the block's output comes. Keys and values that are used elsewhere must not
+    come back into the block before that.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return gradients
 
 
 def _prompted(host: Host, module: nn.Module, acting: Acting, inner: Inner, args: tuple, kwargs: dict) -> Any:

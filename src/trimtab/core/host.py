@@ -74,8 +74,8 @@ class Host(nn.Module):
         #: (path of another module, thread) -> its input and output in the forward that is running
         self.fed: dict[tuple[str, int], tuple[Tensor, Any]] = {}
         self.route: Any = None
-        #: path of the module, which token passages know it by
-        self.path = ""
+        #: path of the module, which token passages know it by; of the block that tokens go to from here
+        self.path = self.next = ""
         #: adapter name -> duties for token adapters that stand at other modules (trimtab.core.flows)
         self.served: dict[str, list[tuple[str, TokenAdapter]]] = {}
         #: duty -> the token adapters that act with it now
