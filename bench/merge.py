@@ -8,8 +8,8 @@ from disk, checks their hashes, and writes the result. Errors are relative Frobe
 peft runs once (it takes a minute at width 4096), trimtab ``--rounds`` times, of which the median counts. Seconds on the clock stand
 beside the processor's own (all threads), which a busy machine changes little.
 
-Into the base: a LLaMA-shaped checkpoint in shards and a LoRA on all its linear layers. Every way runs in a process of its own; the
-peak is the process's largest resident size beyond what it had after its imports, the time is that of the merge alone.
+Into the base: a LLaMA-shaped bf16 checkpoint in shards and a LoRA on all its linear layers. Every way runs in a process of its own,
+once on a tiny model and then on this one; the peak is the largest resident size beyond what there was in between (Linux).
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import shutil
 import statistics
 import subprocess
@@ -129,14 +128,14 @@ def timed(function: Callable[..., Any], *args: Any, **more: Any) -> tuple[dict[s
 WAYS = ("trimtab on disk", "trimtab in memory", "peft")
 
 
-def prepare(args: argparse.Namespace, work: Path) -> None:
-    """The checkpoint and the adapter, in both formats."""
+def prepare(args: argparse.Namespace, work: Path, *, width: int, layers: int) -> None:
+    """A checkpoint and an adapter for it, in both formats."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(args.seed)
     config = LlamaConfig(
-        hidden_size=args.base_width, intermediate_size=args.base_width * 11 // 4, num_hidden_layers=args.layers,
-        num_attention_heads=args.base_width // 64, vocab_size=8192,
+        hidden_size=width, intermediate_size=width * 11 // 4, num_hidden_layers=layers, num_attention_heads=width // 64,
+        vocab_size=8 * width,
     )  # fmt: skip
     model = LlamaForCausalLM(config).bfloat16()
     model.save_pretrained(work / "base", max_shard_size=args.shard)
@@ -149,33 +148,44 @@ def prepare(args: argparse.Namespace, work: Path) -> None:
 
 
 def one_way(way: str, work: Path) -> None:
-    """Run one way in this process and print its figures as JSON."""
-    from transformers import AutoModelForCausalLM
+    """Run one way in this process and print its figures as JSON; a tiny model goes first, so that all imports are done."""
 
-    out = work / way.replace(" ", "-")
-    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # noqa: E731
-    if way == "peft":
-        import peft
-    else:
-        import trimtab.artifacts.merge_base  # noqa: F401
-    before, start = peak(), time.perf_counter()
-    if way == "trimtab on disk":
-        tt.merge_checkpoint(work / "a", work / "base", out=out)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(work / "base", dtype="auto")
-        if way == "peft":
-            model = peft.PeftModel.from_pretrained(model, work / "p").merge_and_unload()
+    def run(folder: Path) -> None:
+        from transformers import AutoModelForCausalLM
+
+        out = folder / "out"
+        if way == "trimtab on disk":
+            tt.merge_checkpoint(folder / "a", folder / "base", out=out)
         else:
-            tt.load(model, work / "a")
-            tt.merge(model, "a", permanent=True)
-        model.save_pretrained(out, max_shard_size="100GB")
-    print("RESULT" + json.dumps({"seconds": time.perf_counter() - start, "peak bytes": peak() - before}))
-    shutil.rmtree(out)
+            model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype="auto")
+            if way == "peft":
+                import peft
+
+                model = peft.PeftModel.from_pretrained(model, folder / "p").merge_and_unload()
+            else:
+                tt.load(model, folder / "a")
+                tt.merge(model, "a", permanent=True)
+            model.save_pretrained(out, max_shard_size="100GB")
+
+    run(work / "tiny")
+    shutil.rmtree(work / "tiny" / "out")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew at what is resident now
+    before = resident("VmRSS")
+    row, _ = timed(run, work)
+    print("RESULT" + json.dumps(row | {"peak bytes": resident("VmHWM") - before}))
+    shutil.rmtree(work / "out")
+
+
+def resident(field: str) -> int:
+    """Bytes of this process that Linux reports under ``field``."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
 
 
 def into_base(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     """All ways."""
-    prepare(args, work)
+    prepare(args, work / "tiny", width=64, layers=1)
+    prepare(args, work, width=args.base_width, layers=args.layers)
     files = [f.stat().st_size for f in (work / "base").glob("*.safetensors")]
     found: dict[str, Any] = {"model bytes": sum(files), "largest file": max(files), "files": len(files)}
     for way in WAYS:
@@ -235,10 +245,11 @@ def show_one(one: dict[str, Any], args: argparse.Namespace) -> None:
 def show_base(base: dict[str, Any]) -> None:
     """The second table."""
     title = f"{base['model bytes'] / 2**20:.0f} MiB in {base['files']} files, the largest of {base['largest file'] / 2**20:.0f} MiB"
-    table = Table(("into the base", "seconds", "peak MiB", "of the model"), title=title)
+    table = Table(("into the base", "seconds", "cpu seconds", "peak MiB", "of the model"), title=title)
     for way in WAYS:
         row = base[way]
-        table.add(way, row["seconds"], row["peak bytes"] / 2**20, row["peak bytes"] / base["model bytes"])
+        share = row["peak bytes"] / base["model bytes"]
+        table.add(way, row["seconds"], row["cpu seconds"], row["peak bytes"] / 2**20, share)
     print(table)
 
 
