@@ -46,15 +46,16 @@ Make = Callable[[], list[tt.Schedule]]
 #: row -> the method and its schedules
 ROWS: dict[str, tuple[str, Make]] = {
     "LoRA": ("LoRA", list),
-    "IST": ("LoRA", lambda: [tt.IST(state="drop")]),
-    "IST, moments kept": ("LoRA", lambda: [tt.IST()]),
-    "IST, a third": ("LoRA", lambda: [tt.IST(updated=0.34, state="drop")]),
-    "RST": ("LoRA", lambda: [tt.IST(uniform=True, state="drop")]),
+    "IST": ("LoRA", lambda: [tt.IST()]),
+    "IST, moments dropped": ("LoRA", lambda: [tt.IST(state="drop")]),
+    "IST, a third": ("LoRA", lambda: [tt.IST(updated=0.34)]),
+    "IST, half": ("LoRA", lambda: [tt.IST(updated=0.5)]),
+    "RST": ("LoRA", lambda: [tt.IST(uniform=True)]),
     "LoRA+": ("LoRA", lambda: [tt.LoRAPlus()]),
     "averaging": ("LoRA", lambda: [tt.CheckpointAveraging()]),
     "AdaLoRA, budget": ("AdaLoRA", lambda: [tt.BudgetSchedule(target=8, warmup=12, final=25)]),
 }
-MEMORY = ("LoRA", "IST", "IST, moments kept", "IST, a third", "RST")
+MEMORY = ("LoRA", "IST", "IST, moments dropped", "IST, a third", "IST, half")
 
 
 class Training:
