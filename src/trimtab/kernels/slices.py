@@ -20,7 +20,12 @@ _VIEWS = ("ViewBackward", "UnsafeViewBackward", "ReshapeAliasBackward", "Transpo
 
 
 def kept_anyway(x: Tensor) -> bool:
-    """Whether ``x`` is a view of a fused attention's output, which that operation keeps for its own backward."""
+    """Whether ``x`` is a view of a fused attention's output, which that operation keeps for its own backward.
+
+    While compiling nothing is known of that, nor needed: the compiler decides what is kept.
+    """
+    if torch.compiler.is_compiling():
+        return False
     node = x.grad_fn
     while node is not None and node.name().startswith(_VIEWS):
         node = node.next_functions[0][0]
