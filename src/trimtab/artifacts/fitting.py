@@ -41,9 +41,10 @@ def fit(
     entries: Iterable[Entry], signs: Mapping[str, Tensor], starts: Callable[[str], Tensor | None], live: Mapping[str, Tensor],
     model: nn.Module, losses: Losses, *, rate: float = 0.03,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """The factors of every entry, in float16; ``live``'s values are those with them afterwards. The rate is ``rate / (1 + i / 30)``.
+    """The factors of every entry, in float16; ``live``'s values are those with them afterwards.
 
     Args:
+        rate: of Adam at the first step; at step i it is ``rate / (1 + i / 30)``.
         entries: with their scale ``c``.
         signs: ``s`` by key, (n,).
         live: the tensors on the model, by key.
