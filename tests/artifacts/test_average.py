@@ -173,7 +173,6 @@ def test_runs_of_other_seeds_are_refused_unless_their_average_is_exact(tmp_path:
 
 
 def test_updates_can_be_averaged_instead(tmp_path: Path) -> None:
-    pytest.importorskip("trimtab.artifacts.combine")
     one, two = (adapter(tmp_path / str(seed), seed=seed, moved=seed) for seed in (1, 2))
     result = tt.average([one, two], tmp_path / "out", weights=[0.25, 0.75], space="update")
     models = [net(), net(), net()]

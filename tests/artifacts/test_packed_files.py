@@ -181,6 +181,16 @@ def test_values_are_exchanged_in_place(packed: Path, tmp_path: Path) -> None:
     assert torch.equal(model(IDS), one(IDS))
 
 
+def test_compressed_adapters_are_merged_like_folders(packed: Path, tmp_path: Path) -> None:
+    tt.expand(packed, tmp_path / "folder")
+    for name, source in (("x", packed), ("y", tmp_path / "folder")):
+        tt.combine([source, tmp_path / "a"], tmp_path / name, weights=[0.5, 0.5])
+    one, two = net(), net()
+    tt.load(one, tmp_path / "x")
+    tt.load(two, tmp_path / "y")
+    assert torch.equal(one(IDS), two(IDS))
+
+
 def test_a_file_costs_little_beside_its_symbols(tmp_path: Path) -> None:
     """Header, seals and counts of a small adapter of 26,000 numbers."""
     model = net(width=64, depth=4)
