@@ -51,6 +51,9 @@ def lora(**more: Any) -> Callable[[Any, int, list[str]], Any]:
     return lambda peft, r, t: peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules=t, **more)
 
 
+#: twenty learned tokens, in peft's words
+TWENTY = {"num_virtual_tokens": 20, "task_type": "FEATURE_EXTRACTION"}
+
 ROWS = (
     Row("LoRA", lambda r: tt.LoRA(rank=r), lora()),
     Row("LoRA dropout", lambda r: tt.LoRA(rank=r, dropout=0.05), lora(lora_dropout=0.05)),
@@ -91,6 +94,13 @@ ROWS = (
     Row("IA3", lambda r: tt.IA3(), lambda p, r, t: p.IA3Config(
         target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]), "attn.k | attn.v | mlp.down"),
     Row("SSF", lambda r: tt.SSF(), None, "linear"),
+    Row("PrefixTuning", lambda r: tt.PrefixTuning(tokens=20), lambda p, r, t: p.PrefixTuningConfig(**TWENTY), "block"),
+    Row("PrefixTuning gated", lambda r: tt.PrefixTuning(tokens=20, gated=True), None, "block"),
+    Row("PromptTuning", lambda r: tt.PromptTuning(tokens=20, init="normal"),
+        lambda p, r, t: p.PromptTuningConfig(**TWENTY), "block"),
+    Row("PTuning", lambda r: tt.PTuning(tokens=20, hidden=1024),
+        lambda p, r, t: p.PromptEncoderConfig(**TWENTY, encoder_hidden_size=1024), "block"),
+    Row("VPT", lambda r: tt.VPT(tokens=20), None, "block"),
     # peft has no bottleneck adapters; widths as their papers have them
     Row("SeriesAdapter", lambda r: tt.SeriesAdapter(bottleneck=64), None, None),
     Row("SeriesAdapter mlp", lambda r: tt.SeriesAdapter(bottleneck=64, placement="pfeiffer"), None, None),
@@ -144,7 +154,8 @@ class Step:
         return spent
 
     def forward(self) -> Tensor:
-        return self.model(inputs_embeds=self.x, use_cache=False).last_hidden_state
+        # peft's outputs begin with those of learned tokens
+        return self.model(inputs_embeds=self.x, use_cache=False).last_hidden_state[:, -self.x.shape[1] :]
 
 
 def kept(step: Step) -> int:
@@ -187,7 +198,9 @@ def theirs(args: argparse.Namespace, row: Row) -> nn.Module | None:
     import peft
 
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    return peft.get_peft_model(build(args), row.peft(peft, args.rank, names)).base_model.model
+    config = row.peft(peft, args.rank, names)
+    model = peft.get_peft_model(build(args), config)
+    return model.train() if config.is_prompt_learning else model.base_model.model
 
 
 def move(model: nn.Module) -> None:
