@@ -6,8 +6,8 @@
 Cost: a LLaMA-shaped model with random weights (``--width`` and the like), and MiniLM on the task's own batches. Both adapters are
 LoRA of rank 8 on all linear layers. Light-PEFT goes through its real estimation, on little data, cuts, drops the uncut
 weights, and is measured after that, as well as before it. A step is forward, backward and AdamW. Times are medians over interleaved
-rounds, ratios are medians of the ratios of neighbouring steps; ``--clock cpu --threads 1`` takes the process's own time, on a
-machine that others use. Inference is a forward pass without a graph, adapters attached, and once more merged. Bytes are those of
+rounds, ratios are medians of the ratios of neighbouring steps; ``--clock cpu --threads 1`` takes the process's own time on
+a machine that others use. Inference is a forward pass without a graph, adapters attached, and once more merged. Bytes are those of
 tensors (weights, optimizer, what a step makes at its peak): storages are counted, not pages.
 
 Accuracy: as in ``bench/quality.py`` (its batches, steps, head and learning-rate schedule), LoRA at the rate that was best there; an
