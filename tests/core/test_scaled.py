@@ -18,8 +18,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "contract"))
 from contract_cases import BY_NAME, Case, cases, weight_cases
 
 KINDS = ("linear", "conv2d", "embedding", "packed part", "fused part", "bank")  # one for each mechanism
-#: each method once at each kind
-CASES = list({(p.values[0].adapter, p.values[0].kind.name): p for p in cases() if p.values[0].kind.name in KINDS}.values())
+EVERYWHERE = ("LoRA", "IA3", "OFT", "Unfreeze")
+#: each method once where it acts first, some at every kind
+CASES = list({
+    (each.adapter, each.kind.name if type(each.config).__name__ in EVERYWHERE else ""): p
+    for p in reversed(cases()) if (each := p.values[0]).kind.name in KINDS
+}.values())  # fmt: skip
 
 
 def places(model: nn.Module) -> list[str]:

@@ -35,7 +35,7 @@ def written(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(file)
 
 
-@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+@pytest.mark.parametrize("max_grad_norm", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
 def test_moments_of_a_run(tmp_path: Path, max_grad_norm: float):
     """Micro-batches of 4, two a step; one evaluation, at the end."""
     LOG.clear()
@@ -91,7 +91,7 @@ def resumed(folder: Path, monkeypatch: pytest.MonkeyPatch, step: int, **changes:
     return written(folder / "whole"), written(folder / "again")
 
 
-@pytest.mark.parametrize("step", [1, 3, 5])
+@pytest.mark.parametrize("step", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 5))])
 def test_snella_with_its_schedule_resumes_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int):
     given = {"method": {"name": "SNELLA", "rank": 4}, "schedules": [{"name": "BilevelCompetition", "target": 0.7, "warmup": 1}]}
     whole, again = resumed(tmp_path, monkeypatch, step, **given)
@@ -141,7 +141,7 @@ class WithLoss(torch.nn.Module):
         return {"loss": loss(self.inner, (ids, labels))}
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_trainer_of_one_s_own_equals_a_plain_loop(tmp_path: Path, accumulation: int):
     from transformers import Trainer, TrainingArguments
 
