@@ -360,3 +360,11 @@ def test_a_head_with_layers_of_its_own_is_one_head() -> None:
     table = tt.attach(model, tt.Unfreeze())
     assert sorted(table.column("path")) == ["head.0", "head.0.bias", "head.2", "head.2.bias"]
     assert table.total("parameters") == sum(p.numel() for p in model.head.parameters() if not p.requires_grad)
+
+
+def test_the_table_of_methods_is_there_after_the_registry_was_read() -> None:
+    """The package trimtab.methods takes the verb's name as soon as anything imports it; in a process without tests' own methods."""
+    code = "import trimtab as tt; assert 'LoRA' in tt.names(); print(tt.methods())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert any(line.startswith("LoRA ") for line in done.stdout.splitlines())
