@@ -255,7 +255,8 @@ def show() -> None:
         found = {"results": {}}
         for each in MEASUREMENTS:
             for name, values in read(f"{part} {each}")["results"].items():
-                found["results"].setdefault(name, {}).update(values)
+                row = found["results"].setdefault(name, {})
+                row |= {key: value for key, value in values.items() if key not in row}
         if not found["results"]:
             continue
         columns = ("method", "trainable", "share %", "step ms", "faster", "inference ms", "faster ", "merged", "peak", "less %")
