@@ -10,6 +10,9 @@
 - ``x ours``, ``x peft``: bytes kept for backward beyond the floor, in units of the adapted layers' distinct inputs: 1.00 is
   "the inputs and nothing else".
 - ``peak``: peak bytes of the tensors that a step makes, over the floor's.
+
+``--rounds 0`` takes no times, and writes ``bench/results/overhead_untimed.json``: the other figures do not depend on how busy the
+machine is.
 """
 
 from __future__ import annotations
@@ -226,27 +229,28 @@ def measure(args: argparse.Namespace, row: Row, floor: Step) -> dict[str, Any]:
         if model is not None:
             move(model)
             steps[key] = Step(model, floor.x)
-    for step in steps.values():
-        step()
     times: dict[str, list[float]] = {key: [] for key in steps}
-    for _ in range(args.rounds):
+    for turn in range(args.rounds + 1 if args.rounds else 0):
         for key, step in steps.items():
-            times[key].append(step())
+            spent = step()
+            times[key] += [spent] if turn else []  # the first warms up
     base_flops, base_kept, base_peak = operations(floor), kept(floor), peak(floor)
     result: dict[str, Any] = {
         "trainable": sum(p.numel() for p in models["ours"].parameters() if p.requires_grad),
         "limit": operations(steps["ours"]) / base_flops,
-        "floor seconds": statistics.median(times["floor"]),
     }
+    if args.rounds:
+        result["floor seconds"] = statistics.median(times["floor"])
     for key in steps:
         if key == "floor":
             continue
-        ratios = [a / b for a, b in zip(times[key], times["floor"], strict=True)]
-        result[f"{key} over floor"] = statistics.median(ratios)
-        result[f"{key} spread"] = statistics.quantiles(ratios, n=4)[2] - statistics.quantiles(ratios, n=4)[0]
+        if args.rounds:
+            ratios = [a / b for a, b in zip(times[key], times["floor"], strict=True)]
+            result[f"{key} over floor"] = statistics.median(ratios)
+            result[f"{key} spread"] = statistics.quantiles(ratios, n=4)[2] - statistics.quantiles(ratios, n=4)[0]
         result[f"{key} kept x"] = (kept(steps[key]) - base_kept) / units(args)
         result[f"{key} peak"] = peak(steps[key]) / base_peak
-    if "peft" in steps:
+    if "peft" in steps and args.rounds:
         result["peft / ours"] = statistics.median(a / b for a, b in zip(times["peft"], times["ours"], strict=True))
     return result
 
@@ -264,8 +268,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-peft", action="store_true")
-    parser.add_argument("--out", default=str(RESULTS / "overhead.json"))
-    return parser.parse_args()
+    parser.add_argument("--out", default=None, help="default: overhead.json, or overhead_untimed.json for no rounds")
+    args = parser.parse_args()
+    args.out = args.out or str(RESULTS / ("overhead.json" if args.rounds else "overhead_untimed.json"))
+    return args
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -317,7 +323,7 @@ def main() -> None:
     )
     for name, r in results.items():
         get = lambda key, r=r: r.get(key, float("nan"))  # noqa: E731
-        row = [name, r["trainable"], r["limit"], r["ours over floor"], get("peft over floor"), get("peft / ours")]
+        row = [name, r["trainable"], r["limit"], get("ours over floor"), get("peft over floor"), get("peft / ours")]
         row += [r["ours kept x"], get("peft kept x"), r["ours peak"], get("peft peak")]
         table.add(*row[:2], *(round(value, 3) for value in row[2:]))
     print(table)
