@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from trimtab.core.errors import NoMatch, Unsupported, nearest
+from trimtab.core.catalogue import Catalogue, arguments
+from trimtab.core.errors import NoMatch, Unsupported
 
 if TYPE_CHECKING:
     from trimtab.core.contracts import Adapter, MethodConfig
 
 __all__ = ["MethodEntry", "config_from_dict", "config_to_dict", "entries", "entry", "get", "method", "names"]
 
-_ENTRIES: dict[str, MethodEntry] = {}
-_SCANNED = False
+_METHODS: Catalogue[MethodEntry] = Catalogue("method", "trimtab.methods", holds="adapter")
 T = TypeVar("T", bound="type[Adapter]")
 
 
@@ -61,50 +59,14 @@ def method(config: type, *, paper: str, tests: tuple[dict[str, Any], ...] = ()) 
         name = config.__name__
         if not dataclasses.is_dataclass(config) or not config.__dataclass_params__.frozen:
             raise Unsupported(f"the config {name} of {adapter.__name__} must be a frozen dataclass")
-        known = _ENTRIES.get(name)
-        if known is not None and known.adapter.__qualname__ != adapter.__qualname__:
-            raise Unsupported(
-                f"the method name {name} is taken by {known.adapter.__module__}.{known.adapter.__qualname__}; choose another"
-            )
+        _METHODS.add(MethodEntry(name, config, adapter, paper, tests))
         config.adapter_class = adapter
-        _ENTRIES[name] = MethodEntry(name, config, adapter, paper, tests)
         return adapter
 
     return register
 
 
-def _scan() -> None:
-    """Import every file below ``trimtab.methods`` once, so that a new file is all that a new method needs."""
-    global _SCANNED
-    if _SCANNED:
-        return
-    package = importlib.import_module("trimtab.methods")
-    for found in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-        importlib.import_module(found.name)
-    _SCANNED = True
-
-
-def entries() -> list[MethodEntry]:
-    """All registered methods, by name."""
-    _scan()
-    return [_ENTRIES[name] for name in sorted(_ENTRIES)]
-
-
-def names() -> list[str]:
-    """The names of all registered methods, sorted."""
-    return [found.name for found in entries()]
-
-
-def entry(name: str) -> MethodEntry:
-    """The registered method ``name``.
-
-    Raises:
-        NoMatch: there is no such method; the message has the nearest names.
-    """
-    _scan()
-    if name not in _ENTRIES:
-        raise NoMatch(f"there is no method named {name!r}{nearest(name, sorted(_ENTRIES))}")
-    return _ENTRIES[name]
+entries, names, entry = _METHODS.entries, _METHODS.names, _METHODS.entry
 
 
 def get(name: str) -> type[MethodConfig]:
@@ -133,7 +95,4 @@ def config_from_dict(stored: dict[str, Any]) -> MethodConfig:
         raise NoMatch(f"a method needs its name, as in {{name: LoRA, rank: 8}}; found the keys {sorted(values)}")
     config = get(values.pop("name"))
     known = [field.name for field in dataclasses.fields(config)]
-    for key in values:
-        if key not in known:
-            raise NoMatch(f"{config.__name__} has no hyperparameter {key!r}{nearest(key, known)}")
-    return config(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+    return config(**arguments(values, known, config.__name__, "hyperparameter"))

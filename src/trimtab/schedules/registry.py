@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from trimtab.core.catalogue import Catalogue, arguments
 from trimtab.core.errors import NoMatch, Unsupported, nearest
 from trimtab.core.table import Table
 from trimtab.schedules.contract import OWNERSHIPS, Schedule
 
 __all__ = ["ScheduleEntry", "check_owners", "entries", "entry", "from_dict", "names", "schedule", "table"]
 
-_ENTRIES: dict[str, ScheduleEntry] = {}
-_SCANNED = False
+_SCHEDULES: Catalogue[ScheduleEntry] = Catalogue("schedule", "trimtab.schedules", holds="schedule")
 T = TypeVar("T", bound="type[Schedule]")
 
 
@@ -50,51 +48,16 @@ def schedule(*, paper: str, tests: tuple[dict[str, Any], ...] = ({},)) -> Callab
     """
 
     def register(cls: T) -> T:
-        known = _ENTRIES.get(cls.__name__)
-        if known is not None and known.schedule.__qualname__ != cls.__qualname__:
-            taken = f"{known.schedule.__module__}.{known.schedule.__qualname__}"
-            raise Unsupported(f"the schedule name {cls.__name__} is taken by {taken}; choose another")
         unknown = sorted(cls.owns - set(OWNERSHIPS))
         if unknown:
             raise Unsupported(f"{cls.__name__} owns {unknown[0]!r}{nearest(unknown[0], OWNERSHIPS)}")
-        _ENTRIES[cls.__name__] = ScheduleEntry(cls.__name__, cls, paper, tests)
+        _SCHEDULES.add(ScheduleEntry(cls.__name__, cls, paper, tests))
         return cls
 
     return register
 
 
-def _scan() -> None:
-    """Import every file of ``trimtab.schedules`` once, so that a new file is all that a new schedule needs."""
-    global _SCANNED
-    if _SCANNED:
-        return
-    package = importlib.import_module("trimtab.schedules")
-    for found in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
-        importlib.import_module(found.name)
-    _SCANNED = True
-
-
-def entries() -> list[ScheduleEntry]:
-    """All registered schedules, by name."""
-    _scan()
-    return [_ENTRIES[name] for name in sorted(_ENTRIES)]
-
-
-def names() -> list[str]:
-    """The names of all registered schedules, sorted."""
-    return [found.name for found in entries()]
-
-
-def entry(name: str) -> ScheduleEntry:
-    """The registered schedule ``name``.
-
-    Raises:
-        NoMatch: there is no such schedule; the message has the nearest names.
-    """
-    _scan()
-    if name not in _ENTRIES:
-        raise NoMatch(f"there is no schedule named {name!r}{nearest(name, sorted(_ENTRIES))}")
-    return _ENTRIES[name]
+entries, names, entry = _SCHEDULES.entries, _SCHEDULES.names, _SCHEDULES.entry
 
 
 def from_dict(stored: Mapping[str, Any]) -> Schedule:
@@ -108,10 +71,7 @@ def from_dict(stored: Mapping[str, Any]) -> Schedule:
         raise NoMatch(f"a schedule needs its name, as in {{name: IST}}; found the keys {sorted(values)}")
     cls = entry(values.pop("name")).schedule
     known = list(inspect.signature(cls).parameters)
-    for key in values:
-        if key not in known:
-            raise NoMatch(f"{cls.__name__} has no argument {key!r}{nearest(key, known)}")
-    return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+    return cls(**arguments(values, known, cls.__name__, "argument"))
 
 
 def check_owners(schedules: Sequence[Schedule]) -> None:
