@@ -19,10 +19,10 @@ from trimtab.artifacts.merged_tensors import Made, Merge, MergedTensor, add_rows
 from trimtab.artifacts.rules import rule_entry
 from trimtab.artifacts.saved import class_of, open_saved
 from trimtab.artifacts.shards import Staging
-from trimtab.artifacts.updates import whole_value
+from trimtab.artifacts.updates import effects_of, whole_value
 from trimtab.compat.pretrained import Pretrained
 from trimtab.core.errors import CheckpointMismatch, NotMergeable, TrimtabError, raise_all
-from trimtab.core.host import BiasOf, on_tensors
+from trimtab.core.host import BiasOf
 from trimtab.core.merging import INTO, report_table
 from trimtab.core.table import Table
 
@@ -102,24 +102,11 @@ def merge_checkpoint(
 def _plan(work: Merge, untie: bool) -> list[MergedTensor]:
     """The tensors that change, after all checks that need no values."""
     found: dict[tuple[str, str], MergedTensor] = {}
-    problems: list[TrimtabError] = []
-    for number, saved in enumerate(work.opened):
-        for adapter in saved.adapters:
-            effects = on_tensors(adapter)
-            if not effects:
-                what = f"{type(adapter.config).__name__} at {adapter.site.path}"
-                problems.append(
-                    NotMergeable(f"{saved.source}: {what} acts on activations and has no weight form; keep it attached")
-                )
-                continue
-            for effect in effects:
-                site = effect.site
-                here = found.setdefault((site.path, site.tensor), MergedTensor(site, {}))
-                here.chains.setdefault(number, []).append([effect])
-    raise_all(problems)
-    for tensor in found.values():
-        problems += _place(work, tensor, untie)
-    raise_all(problems)
+    for number, effect in effects_of(work.opened):
+        site = effect.site
+        here = found.setdefault((site.path, site.tensor), MergedTensor(site, {}))
+        here.chains.setdefault(number, []).append([effect])
+    raise_all([problem for tensor in found.values() for problem in _place(work, tensor, untie)])
     if untie and any(tensor.tied for tensor in found.values()):
         _check_untied(work.base, [t for t in found.values() if t.tied])
     return list(found.values())

@@ -21,7 +21,7 @@ from trimtab.core.host import BiasOf, on_tensors
 from trimtab.core.site import Site, dense
 from trimtab.kernels.thin import Thin, Update
 
-__all__ = ["Place", "key_of", "places", "put_effect", "reference", "update_of", "whole_value"]
+__all__ = ["Place", "effects_of", "key_of", "places", "put_effect", "reference", "update_of", "whole_value"]
 
 #: an adapter, an adapter as it acts on its bias, or two of them in order: a site, a config and ``weight(W)``
 Effect = Any
@@ -45,15 +45,13 @@ class Place:
         return self.site.name
 
 
-def places(adapters: Sequence[Saved]) -> list[Place]:
-    """All places of all adapters, those of one tensor together where the whole of it is among them.
+def effects_of(adapters: Sequence[Saved]) -> list[tuple[int, Effect]]:
+    """What acts on a tensor, each with the number of its adapter.
 
     Raises:
-        NotMergeable: something acts on activations or tokens and is no update of a weight. ShapeMismatch is left to the merge.
+        NotMergeable: something acts on activations or tokens and is no update of a weight; all of it together.
     """
     problems: list[TrimtabError] = []
-    found: dict[tuple[str, str, str | None], Place] = {}
-    wholes: dict[tuple[str, str], Site] = {}
     effects: list[tuple[int, Effect]] = []
     for number, saved in enumerate(adapters):
         for adapter in saved.adapters:
@@ -63,9 +61,20 @@ def places(adapters: Sequence[Saved]) -> list[Place]:
                 problems.append(
                     NotMergeable(f"{saved.source}: {what} acts on activations and is no update of a weight; keep it attached")
                 )
-                continue
             effects += [(number, each) for each in tensors]
     raise_all(problems)
+    return effects
+
+
+def places(adapters: Sequence[Saved]) -> list[Place]:
+    """All places of all adapters, those of one tensor together where the whole of it is among them.
+
+    Raises:
+        NotMergeable: see ``effects_of``. ShapeMismatch is left to the merge.
+    """
+    found: dict[tuple[str, str, str | None], Place] = {}
+    wholes: dict[tuple[str, str], Site] = {}
+    effects = effects_of(adapters)
     for _, effect in effects:
         site = effect.site
         if site.rows is None:

@@ -75,7 +75,6 @@ def _merge_modules(adapter: Path, base: str, out: Path, *, into: str | None, max
     import transformers
 
     import trimtab as tt
-    from trimtab.compat.sketch_folder import is_sketch
     from trimtab.compat.sketched import dense_
     from trimtab.core.checkpoint import inspect
     from trimtab.core.errors import NotMergeable
@@ -88,7 +87,7 @@ def _merge_modules(adapter: Path, base: str, out: Path, *, into: str | None, max
     cls = getattr(transformers, inspect(adapter)["base"]["class"], transformers.AutoModel)
     model = load_pretrained(cls.from_pretrained, base)
     report = tt.merge(model, load(model, adapter, mode="mask"), into=into, max_error=max_error, untie=untie, permanent=True)
-    if is_sketch(resolve(base)) and into == "requantised":
+    if into == "requantised":
         tt.save_base(model, resolve(base), out)
         return report
     with new_directory(out) as draft:
