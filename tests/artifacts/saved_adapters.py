@@ -8,39 +8,9 @@ import torch
 from torch import Tensor, nn
 
 import trimtab as tt
+from core.small_net import Net
 
 X = torch.arange(12).reshape(3, 4) % 11
-
-
-class Layer(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.attn = nn.Module()
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            self.attn.add_module(name, nn.Linear(width, width))
-        self.up_proj, self.down_proj = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
-        self.norm = nn.LayerNorm(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        a = self.attn
-        x = x + a.o_proj(torch.tanh(a.q_proj(x)) * a.k_proj(x) + a.v_proj(x))
-        return x + self.down_proj(torch.relu(self.up_proj(self.norm(x))))
-
-
-class Net(nn.Module):
-    """Two blocks with the field's usual names, an embedding and a head."""
-
-    def __init__(self, width: int = 16):
-        super().__init__()
-        self.embed = nn.Embedding(11, width)
-        self.layers = nn.ModuleList([Layer(width) for _ in range(2)])
-        self.lm_head = nn.Linear(width, 11, bias=False)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed(ids)
-        for layer in self.layers:
-            x = layer(x)
-        return self.lm_head(x)
 
 
 def net(seed: int = 0) -> Net:

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from small_blocks import adamw, batch, loss, net, scheduled, steps
 
 import trimtab as tt
+from interrupted import interrupted_in
 from tiny_text import settings
 from trimtab.training import ConfigError, load_config, train
-from trimtab.training.trainer import AdapterTrainer
 
 LOG: list[str] = []
 MOMENTS = ("start", "groups", "step_begin", "extra_loss", "backward_end", "before_optimizer", "step_end", "step_done", "evaluate",
@@ -67,34 +67,21 @@ def test_what_a_configuration_may_not_say(tmp_path: Path):
     assert load_config(settings(tmp_path, schedules=["Noted"])).schedules == [{"name": "Noted"}]
 
 
-class Interrupted(BaseException):
-    """Stands for a kill: nothing in trimtab catches it."""
-
-
-def resumed(folder: Path, monkeypatch: pytest.MonkeyPatch, step: int, **changes: Any) -> tuple[dict, dict]:
+def resumed(folder: Path, step: int, **changes: Any) -> tuple[dict, dict]:
     """What an undisturbed run writes, and what one writes that was interrupted in ``step`` (0-based) and started again."""
     run = {"batch_size": 4, "accumulation": 2, "max_steps": 6, "save_every": 2, "eval_every": 3, "warmup": 0.3, "dropout": 0.2}
     config = settings(folder, **(run | changes))
     train(config | {"output": str(folder / "whole")})
-    original = AdapterTrainer.training_step
-
-    def interrupted(self: AdapterTrainer, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step == step:
-            raise Interrupted
-        return original(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(AdapterTrainer, "training_step", interrupted)
-        with pytest.raises(Interrupted):
-            train(config | {"output": str(folder / "again")})
+    with interrupted_in(step):
+        train(config | {"output": str(folder / "again")})
     train(config | {"output": str(folder / "again")})
     return written(folder / "whole"), written(folder / "again")
 
 
 @pytest.mark.parametrize("step", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 5))])
-def test_snella_with_its_schedule_resumes_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int):
+def test_snella_with_its_schedule_resumes_to_the_bit(tmp_path: Path, step: int):
     given = {"method": {"name": "SNELLA", "rank": 4}, "schedules": [{"name": "BilevelCompetition", "target": 0.7, "warmup": 1}]}
-    whole, again = resumed(tmp_path, monkeypatch, step, **given)
+    whole, again = resumed(tmp_path, step, **given)
     assert whole.keys() == again.keys() and all(torch.equal(whole[key], again[key]) for key in whole)
     kept = {key: value for key, value in whole.items() if key.endswith(".kept")}
     assert len(set(kept.values())) > 1  # the schedule has given different places different budgets
@@ -111,8 +98,8 @@ RUNS = {
 
 
 @pytest.mark.parametrize("name", ["together", *(pytest.param(n, marks=pytest.mark.slow) for n in RUNS if n != "together")])
-def test_runs_resume_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
-    whole, again = resumed(tmp_path, monkeypatch, 3 if name == "together" else 5, **RUNS[name])
+def test_runs_resume_to_the_bit(tmp_path: Path, name: str):
+    whole, again = resumed(tmp_path, 3 if name == "together" else 5, **RUNS[name])
     assert whole.keys() == again.keys() and all(torch.equal(whole[key], again[key]) for key in whole)
 
 

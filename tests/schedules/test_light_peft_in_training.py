@@ -25,9 +25,9 @@ def given(**changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("step, masks", [(1, "reset"), (3, "keep"), (5, "reset")])
-def test_an_interrupted_run_ends_in_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, masks: str):
+def test_an_interrupted_run_ends_in_the_same_bytes(tmp_path: Path, step: int, masks: str):
     """Checkpoints are at steps 2 and 4, the cut is before the fourth step, that with index 3."""
-    whole, again = resumed(tmp_path, monkeypatch, step, **given(masks=masks))
+    whole, again = resumed(tmp_path, step, **given(masks=masks))
     assert whole.keys() == again.keys() and all(torch.equal(whole[key], again[key]) for key in whole)
     manifests = [read_manifest(tmp_path / name / "adapter") for name in ("whole", "again")]
     assert manifests[0]["cut"] == manifests[1]["cut"] and set(manifests[0]["cut"]) == {"heads", "channels"}

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from interrupted import Interrupted, interrupted_in
 from tiny_decoder import rows, settings
 from tiny_text import write_jsonl
 from trimtab.tasks import instruction_tuning
 from trimtab.training import DataError, evaluate, train
-from trimtab.training.trainer import AdapterTrainer
 
 LEARNS = {"epochs": 12, "learning_rate": 2e-2, "method": {"name": "LoRA", "rank": 8}}
 
@@ -107,25 +107,12 @@ def test_activations_computed_again_change_nothing(tmp_path: Path):
     assert all(torch.equal(value, kept[key]) for key, value in adapter(tmp_path / "again").items())
 
 
-class Interrupted(BaseException):
-    """Stands for a kill: nothing in trimtab catches it."""
-
-
 @pytest.mark.parametrize(("changes", "step"), [({}, 4), ({"packing": True, "batch_size": 3}, 1)], ids=["rows", "packs"])
-def test_interrupted_and_resumed_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict, step: int):
+def test_interrupted_and_resumed_to_the_same_bits(tmp_path: Path, changes: dict, step: int):
     config = settings(tmp_path, **changes, save_every=2, eval_every=3, method={"name": "LoRA", "rank": 2, "dropout": 0.2})
     expected = train({**config, "output": str(tmp_path / "whole")})
-    original = AdapterTrainer.training_step
-
-    def interrupted(self: AdapterTrainer, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step == step:
-            raise Interrupted
-        return original(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(AdapterTrainer, "training_step", interrupted)
-        with pytest.raises(Interrupted):
-            train(config)
+    with interrupted_in(step):
+        train(config)
     again = train(config)
     whole = adapter(tmp_path / "whole")
     assert all(torch.equal(value, whole[key]) for key, value in adapter(tmp_path / "run").items())

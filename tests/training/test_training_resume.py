@@ -13,9 +13,9 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from interrupted import Interrupted, interrupted_in
 from tiny_text import settings
 from trimtab.training import train
-from trimtab.training.trainer import AdapterTrainer
 
 # 42 rows in batches of 4, two of them a step: 11 batches, 6 steps an epoch, the last one with a single batch
 RUN = {"batch_size": 4, "accumulation": 2, "epochs": 2.5, "save_every": 4, "eval_every": 3, "dropout": 0.2, "warmup": 0.3,
@@ -37,10 +37,6 @@ train(config)
 """
 
 
-class Interrupted(BaseException):
-    """Stands for a kill: nothing in trimtab catches it."""
-
-
 def written(folder: Path) -> dict[str, bytes]:
     """Every tensor of the adapter, the curve, and the step of the best adapter, byte for byte."""
     (file,) = folder.joinpath("adapter").glob("*.safetensors")
@@ -58,20 +54,11 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[st
 
 
 @pytest.mark.parametrize("step", range(0, 15, 2))
-def test_interrupted_at_any_step(undisturbed: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int):
+def test_interrupted_at_any_step(undisturbed: tuple, tmp_path: Path, step: int):
     folder, expected = undisturbed
-    original = AdapterTrainer.training_step
-
-    def interrupted(self: AdapterTrainer, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step == step:
-            raise Interrupted
-        return original(self, *args, **kwargs)
-
     config = settings(folder, **RUN, output=str(tmp_path / "run"))
-    with monkeypatch.context() as patch:
-        patch.setattr(AdapterTrainer, "training_step", interrupted)
-        with pytest.raises(Interrupted):
-            train(config)
+    with interrupted_in(step):
+        train(config)
     assert train(config).steps == 15
     assert written(tmp_path / "run") == expected
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import string
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from trimtab.distillation.prompts import Prompts
 
@@ -117,14 +116,6 @@ class TransferConfig(_Frozen):
     base_dtype: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
     output: str = "runs/transfer"
     seed: int = Field(0, ge=0)
-
-    @field_validator("template")
-    @classmethod
-    def _one_field(cls, template: str) -> str:
-        fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
-        if fields != ["input"]:
-            raise ValueError(f"the template must have the one field {{input}}, it has {fields or 'none'}")
-        return template
 
     @model_validator(mode="after")
     def _room(self) -> TransferConfig:

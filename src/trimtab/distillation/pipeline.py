@@ -17,7 +17,6 @@ are not kept; of them the ``seeds`` alone stand in the configuration.
 from __future__ import annotations
 
 import json
-import os
 import random
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -38,8 +37,8 @@ from trimtab.training import train
 from trimtab.training.config import read_config, to_yaml
 from trimtab.training.data import load_rows
 from trimtab.training.errors import RunError
-from trimtab.training.files import write_text
-from trimtab.training.models import load_pretrained
+from trimtab.training.files import append_lines, json_lines, write_text
+from trimtab.training.models import load_decoder
 
 __all__ = ["TransferResult", "transfer"]
 
@@ -133,7 +132,7 @@ class _Stages:
         answered = [row for row in rows if row["answer"].strip()]
         if not answered:
             raise RunError(f"the source answered none of {len(rows)} made inputs; does {self.config.source.adapter} know the task?")
-        write_text(file, _lines({"prompt": self.prompts.task(row["input"]), "answer": row["answer"]} for row in answered))
+        write_text(file, json_lines({"prompt": self.prompts.task(row["input"]), "answer": row["answer"]} for row in answered))
         self.console.print(f"training {self.config.target} on {len(answered)} made examples")
         settings = {"data": {"train": str(file)}, "model": self.config.target, "output": str(self.output / "target")}
         run = self._train(settings, self.config.train)
@@ -157,7 +156,7 @@ class _Stages:
             parts = self._real_and_made()
             files = {name: self.output / f"discriminator-{name}.jsonl" for name in ("train", "validation")}
             for name, file in files.items():
-                write_text(file, _lines(parts[name]))
+                write_text(file, json_lines(parts[name]))
             self.console.print(f"training the discriminator on {len(parts['train'])} inputs, half of them made")
             settings = {"data": {name: str(file) for name, file in files.items()}, "model": self.config.source.model}
             self._train(settings | {"output": str(folder)}, config.train)
@@ -252,16 +251,14 @@ class _Stages:
         if len(rows) == len(inputs):
             return rows
         side = self._loaded_source()
-        write_text(file, _lines(rows))
+        write_text(file, json_lines(rows))
         with file.open("a", encoding="utf-8") as stream, self.console.status("answers") as status:
             for start in range(len(rows), len(inputs), CHUNK):
                 chunk = inputs[start : start + CHUNK]
                 prompts = [self.prompts.task(text) for text in chunk]
                 answers = side.answers(prompts, tokens=self.config.answer_tokens, adapter=TASK)
                 new = [{"input": text, "answer": answer} for text, answer in zip(chunk, answers, strict=True)]
-                stream.write(_lines(new))
-                stream.flush()
-                os.fsync(stream.fileno())
+                append_lines(stream, new)
                 rows += new
                 status.update(f"answers: {len(rows)} of {len(inputs)}")
         return rows
@@ -269,13 +266,10 @@ class _Stages:
     # -- models
 
     def _side(self, model: str) -> Side:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": "auto"}
-        loaded = load_pretrained(AutoModelForCausalLM.from_pretrained, model, dtype=dtypes[self.config.base_dtype])
+        loaded, tokenizer = load_decoder(model, self.config.base_dtype)
         if torch.accelerator.is_available():
             loaded = loaded.to(torch.accelerator.current_accelerator())
-        return Side(loaded, load_pretrained(AutoTokenizer.from_pretrained, model), batch_size=self.config.batch_size)
+        return Side(loaded, tokenizer, batch_size=self.config.batch_size)
 
     def _loaded_source(self, filter_folder: Path | None = None) -> Side:
         """The source with its task's adapter, and with the filter's once it is asked for: one copy of the weights for both."""
@@ -291,10 +285,6 @@ class _Stages:
         config = {"task": "instruction-tuning", "template": PLAIN, "seed": self.config.seed, "base_dtype": self.config.base_dtype}
         data = settings["data"] | {"answer": "answer"} | dict(chosen.get("data", {}))
         return train(config | dict(chosen) | settings | {"data": data}, console=self.console)
-
-
-def _lines(rows: Iterable[Mapping[str, Any]]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _whole_lines(file: Path) -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ Repetitions of a seed or of an earlier draw are dropped before they are judged: 
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trimtab.core.errors import TrimtabError, Unsupported
+from trimtab.training.files import append_lines
 
 __all__ = ["Draws", "TooFewAccepted", "draw"]
 
@@ -98,9 +98,7 @@ def draw(
                     repeated += 1
             margins = [float("inf")] * len(fresh) if score is None else score(fresh) if fresh else []
             rows = [{"text": t, "margin": m, "call": call} for t, m in zip(fresh, margins, strict=True)]
-            stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in [*rows, {"end of call": call}])
-            stream.flush()
-            os.fsync(stream.fileno())
+            append_lines(stream, [*rows, {"end of call": call}])
             judged += rows
             accepted += [row["text"] for row in rows if row["margin"] > 0]
             call += 1

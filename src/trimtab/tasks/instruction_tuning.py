@@ -28,8 +28,8 @@ from trimtab.training import processes
 from trimtab.training.config import TrainConfig
 from trimtab.training.data import Row
 from trimtab.training.errors import ConfigError, DataError
-from trimtab.training.files import write_text
-from trimtab.training.models import checkpoint_activations, load_pretrained
+from trimtab.training.files import json_lines, write_text
+from trimtab.training.models import checkpoint_activations, load_decoder
 from trimtab.training.overlap import overlaps
 
 __all__ = ["EvaluationConfig", "InstructionConfig", "InstructionTuning"]
@@ -170,7 +170,7 @@ class InstructionTuning(Task):
             if kept is None and processes.is_main():
                 lines = ({"where": row.where, **entry} for row, entry in zip(rows, entries, strict=False))
                 file.parent.mkdir(exist_ok=True)
-                write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+                write_text(file, json_lines(lines))
         if found:
             console.print(str(scores.scores_table(found, title="test sets, +- one standard error")))
         for name, metrics in found.items():
@@ -190,11 +190,7 @@ class InstructionTuning(Task):
 
 def _bundle(config: InstructionConfig) -> InstructionBundle:
     """Model and tokenizer, without rows."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = load_pretrained(AutoTokenizer.from_pretrained, config.model)
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": "auto"}
-    model = load_pretrained(AutoModelForCausalLM.from_pretrained, config.model, dtype=dtypes[config.base_dtype])
+    model, tokenizer = load_decoder(config.model, config.base_dtype)
     model.config.use_cache = False  # generation asks for its cache itself
     if config.checkpointing:
         checkpoint_activations(model)

@@ -263,8 +263,9 @@ def _assign(values: dict[str, Any], key: str, value: Any) -> None:
 def _validate(cls: type[M], values: dict[str, Any], where: str) -> M:
     try:
         return cls.model_validate(values)
-    except TrimtabError as error:  # the method's own sentence
-        raise ConfigError(f"{where}, method: {error}") from error
+    except TrimtabError as error:  # the sentence of what the values describe: the method, a transfer's prompts
+        part = ", method" if issubclass(cls, TrainConfig) else ""
+        raise ConfigError(f"{where}{part}: {error}") from error
     except ValidationError as error:
         problems = [_sentence(cls, problem) for problem in error.errors()]
     raise ConfigError(f"{where}: " + "; ".join(problems))

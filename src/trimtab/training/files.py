@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TextIO
 
 from trimtab.core.files import sync
 
-__all__ = ["cache_folder", "new_directory", "new_file", "write_text"]
+__all__ = ["append_lines", "cache_folder", "json_lines", "new_directory", "new_file", "write_text"]
 
 
 def cache_folder() -> Path:
@@ -31,6 +33,18 @@ def new_file(path: Path) -> Iterator[Path]:
         os.replace(stage, path)
     finally:
         stage.unlink(missing_ok=True)
+
+
+def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    """One JSON object a line."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def append_lines(stream: TextIO, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Append rows to an open .jsonl file, and push them to the disk."""
+    stream.write(json_lines(rows))
+    stream.flush()
+    os.fsync(stream.fileno())
 
 
 def write_text(path: Path, text: str) -> None:

