@@ -10,9 +10,9 @@ second half of the steps, when the optimizer has met all layers. The weights, wh
 
 Time: medians over interleaved rounds of ten steps, probes of IST included, and medians of the ratios to LoRA's round beside.
 
-Accuracy: as in ``bench/quality.py``: its rates, seeds, head, batches and steps, the rate chosen on the validation split for every
-row. LoRA's own runs are taken from ``bench/results/quality_supersense.json``, which the same function made, if they are there.
-For Light-PEFT see ``bench/light_peft.py``.
+Accuracy: as in ``bench/quality.py``: its rates, seeds, head, batches and steps (``--epochs`` for more), the rate chosen on the
+validation split for every row. LoRA's own runs are taken from ``bench/results/quality_supersense.json``, which the same function
+made, if they are there. For Light-PEFT see ``bench/light_peft.py``.
 """
 
 from __future__ import annotations
@@ -108,18 +108,19 @@ def minilm(args: argparse.Namespace) -> Callable[[str], Training]:
 MODELS = {"LLaMA-shaped": llama, "MiniLM": minilm}
 
 
-def memory(args: argparse.Namespace) -> dict[str, Any]:
-    """Bytes of the steps of every row, on both models."""
-    found: dict[str, Any] = {}
+def memory(args: argparse.Namespace, found: dict[str, Any], save: Callable[[], None]) -> None:
+    """Fill ``found`` with the bytes of the steps of every row that it lacks, on both models."""
     for name, make in MODELS.items():
-        start = make(args)
+        start, rows = make(args), found.setdefault(name, {})
         for row in MEMORY:
+            if row in rows:
+                continue
             training = start(row)
             steps = [training.bytes() for _ in range(args.steps)][args.steps // 2 :]
             sums = [sum(each.values()) for each in steps]
             mean = {key: statistics.fmean(each[key] for each in steps) for key in steps[0]}
-            found.setdefault(name, {})[row] = mean | {"sum": statistics.fmean(sums), "largest": max(sums)}
-    return found
+            rows[row] = mean | {"sum": statistics.fmean(sums), "largest": max(sums)}
+            save()
 
 
 def times(args: argparse.Namespace) -> dict[str, Any]:
@@ -141,8 +142,8 @@ def times(args: argparse.Namespace) -> dict[str, Any]:
 
 def accuracy(args: argparse.Namespace, stored: dict[str, Any], save: Callable[[], None]) -> None:
     """Fill ``stored`` with the runs that it lacks: the search for the rate, then the seeds."""
-    data, known = Supersense(), RESULTS.with_name("quality_supersense.json")
-    if "LoRA" not in stored and known.is_file():
+    data, known = Supersense(**args.longer), RESULTS.with_name("quality_supersense.json")
+    if "LoRA" not in stored and known.is_file() and not args.longer:
         stored["LoRA"] = json.loads(known.read_text("utf-8"))["methods"]["LoRA"]
     for row in [name.strip() for name in args.rows.split(";") if name.strip()] or ROWS:
         method, make = ROWS[row]
@@ -180,14 +181,15 @@ def show(stored: dict[str, Any]) -> None:
         for row, found in stored["time"].items():
             table.add(row, round(1e3 * found["seconds"]), round(found["over LoRA"], 3))
         print(table)
-    table = Table(("row", "trainable", "rate", "test %", "± s.e.", "vs LoRA", "± s.e."), title="supersense: test accuracy")
-    runs = stored.get("accuracy", {})
-    for row, entry in runs.items():
-        if point := summary(entry):
-            gap = against(entry, runs["LoRA"]) if row != "LoRA" and summary(runs["LoRA"]) else (float("nan"),) * 2
-            shown = [round(100 * value, 2) for value in (point["test"], point["error"], *gap)]
-            table.add(row, point["trainable"], f"{point['rate']:g}", *shown)
-    print(table)
+    for part in (key for key in stored if key.startswith("accuracy")):
+        columns = ("row", "trainable", "rate", "test %", "± s.e.", "vs LoRA", "± s.e.")
+        table, runs = Table(columns, title=f"supersense: test {part}"), stored[part]
+        for row, entry in runs.items():
+            if point := summary(entry):
+                gap = against(entry, runs["LoRA"]) if row != "LoRA" and summary(runs["LoRA"]) else (float("nan"),) * 2
+                shown = [round(100 * value, 2) for value in (point["test"], point["error"], *gap)]
+                table.add(row, point["trainable"], f"{point['rate']:g}", *shown)
+        print(table)
 
 
 def main() -> None:
@@ -196,12 +198,13 @@ def main() -> None:
     sizes = {"width": 512, "layers": 8, "intermediate": 1408, "tokens": 256, "batch": 4, "steps": 80, "rounds": 5, "threads": 2}
     for name, value in (sizes | {"seed": 0, "rates": 3, "beyond": 2, "seeds": 3}).items():
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--epochs", type=int, default=None, help="of the accuracy part, kept apart; the task's own if left out")
     for name in ("time", "accuracy", "show"):
         parser.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--rows", default="", help="of the accuracy part, separated by semicolons; all if empty")
     parser.add_argument("--out", default=str(RESULTS))
     args = parser.parse_args()
-    args.dtype = "float32"
+    args.dtype, args.longer = "float32", {} if args.epochs is None else {"epochs": args.epochs}
     torch.set_num_threads(args.threads)
     out = Path(args.out)
     stored = json.loads(out.read_text("utf-8")) if out.is_file() else {}
@@ -213,11 +216,17 @@ def main() -> None:
         os.replace(draft, out)
 
     if args.accuracy:
-        accuracy(args, stored.setdefault("accuracy", {}), save)
+        part = f"accuracy, {args.epochs} epochs" if args.longer else "accuracy"
+        accuracy(args, stored.setdefault(part, {}), save)
     elif not args.show:
-        part = "time" if args.time else "memory"
-        stored[part] = times(args) if args.time else memory(args)
-        stored.setdefault("settings", {})[part] = {key: getattr(args, key) for key in sizes}
+        part, settings = "time" if args.time else "memory", {key: getattr(args, key) for key in sizes}
+        known = stored.setdefault("settings", {})
+        if known.get(part) != settings:  # what other settings gave does not go on
+            stored[part], known[part] = {}, settings
+        if args.time:
+            stored[part] = times(args)
+        else:
+            memory(args, stored[part], save)
         save()
     show(stored)
 

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,10 +51,11 @@ class Recipe:
 LARGE = Recipe(width=512, layers=12, heads=8, vocabulary=8192, context=512, steps=4000, batch=64, learning_rate=1e-3)
 
 
-def folder(recipe: Recipe = Recipe(), *, cache: Path | None = None, show: bool = False) -> Path:
+def folder(recipe: Recipe = Recipe(), *, more: Sequence[str] = (), cache: Path | None = None, show: bool = False) -> Path:
     """The folder of the trained model and its tokenizer, which transformers loads; trains it if it is not there.
 
     Args:
+        more: further documents to learn from, beside those that all recipes have.
         cache: where folders of models are; None is ``$TRIMTAB_CACHE``, or ``examples/.cache``.
         show: print the loss while training.
 
@@ -63,13 +65,13 @@ def folder(recipe: Recipe = Recipe(), *, cache: Path | None = None, show: bool =
     from filelock import FileLock
 
     root = cache or Path(os.environ.get("TRIMTAB_CACHE") or Path(__file__).parent.parent / ".cache")
-    values = json.dumps(dataclasses.asdict(recipe), sort_keys=True)
-    mark = "" if recipe == Recipe() else f"-{hashlib.sha256(values.encode()).hexdigest()[:10]}"
+    values = json.dumps([dataclasses.asdict(recipe), *more] if more else dataclasses.asdict(recipe), sort_keys=True)
+    mark = "" if recipe == Recipe() and not more else f"-{hashlib.sha256(values.encode()).hexdigest()[:10]}"
     path = root / f"tiny_lm{mark}"
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(root / f".{path.name}.lock"):  # several test processes may ask at once; one of them trains
         if not path.is_dir() or json.loads((path / RECORD).read_text("utf-8"))["recipe"] != dataclasses.asdict(recipe):
-            _train(recipe, path, show=show)
+            _train(recipe, path, more, show=show)
     return path
 
 
@@ -118,11 +120,11 @@ def _loss(model: Any, rows: Tensor, precision: str) -> Tensor:
         return model(input_ids=rows, labels=rows, use_cache=False).loss
 
 
-def _train(recipe: Recipe, path: Path, *, show: bool) -> None:
+def _train(recipe: Recipe, path: Path, more: Sequence[str], *, show: bool) -> None:
     import transformers
 
     precision = _precision()
-    train, held = text.documents(recipe.seed)
+    train, held = text.documents(recipe.seed, more)
     tokenizer = text.make_tokenizer(train, recipe.vocabulary, recipe.context)
     rows, held_rows = (text.tokens(tokenizer, texts, recipe.context) for texts in (train, held))
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")

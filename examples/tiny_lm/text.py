@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,12 +20,12 @@ CHAT = (
 )
 
 
-def documents(seed: int) -> tuple[list[str], list[str]]:
-    """Training and held-out documents in a random order: public text without test questions, and lines of arithmetic."""
+def documents(seed: int, more: Sequence[str] = ()) -> tuple[list[str], list[str]]:
+    """Training and held-out documents in a random order: public text without test questions, lines of arithmetic, and ``more``."""
     from trimtab.tasks.instructions.public import texts
 
     draw = random.Random(seed)
-    found = texts() + arithmetic(SUMS, draw)
+    found = [*texts(), *arithmetic(SUMS, draw), *more]
     draw.shuffle(found)
     cut = len(found) // HELD_OUT
     return found[cut:], found[:cut]

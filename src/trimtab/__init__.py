@@ -60,6 +60,7 @@ __all__ = [
 _VERBS = {
     "search_weights": "trimtab.artifacts.lorahub",
     "convert": "trimtab.artifacts.convert",
+    "project": "trimtab.artifacts.project",
     "merge_checkpoint": "trimtab.artifacts.merge_base",
     "combine": "trimtab.artifacts.combine",
     "merge_rule": "trimtab.artifacts.rules",

@@ -38,8 +38,10 @@ class LiveBase:
 
     def value(self, path: str, tensor: str) -> Tensor | None:
         """See ``Base``."""
-        module = self.root.get_submodule(path)
-        value = module._parameters.get(tensor)
+        try:
+            module = self.root.get_submodule(path)
+        except AttributeError:
+            return None
         state = self.root.__dict__.get(ATTRIBUTE)
         merged = [entry for entries in state.originals.values() for entry in entries] if state is not None else []
         # of several merges the first one saw the base's own
