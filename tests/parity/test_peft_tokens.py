@@ -3,6 +3,8 @@ what the difference is."""
 
 from __future__ import annotations
 
+import copy
+
 import peft
 import pytest
 import torch
@@ -106,6 +108,93 @@ def test_prompt_tuning_of_an_encoder() -> None:
         entering = model.embeddings(inputs_embeds=other.prompt_encoder["default"].embedding.weight[None])[0]
         tt.parameters(model)[0].copy_(entering)
     torch.testing.assert_close(model(**ids(), position_ids=SHIFTED).last_hidden_state, want, atol=1e-5, rtol=1e-5)
+
+
+CONFIGS = {
+    "prompt": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=TOKENS),
+    "network": peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=TOKENS, encoder_hidden_size=8),
+    "prefix": peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=TOKENS),
+    "projected": peft.PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=TOKENS, prefix_projection=True, encoder_hidden_size=5
+    ),
+}
+
+
+def written_by_peft(folder, build, kind: str) -> torch.Tensor:
+    """A folder of peft's, and the logits of peft's model for the sequence itself."""
+    other = theirs(build, copy.deepcopy(CONFIGS[kind]))  # peft fills the config in
+    with torch.no_grad():
+        for parameter in other.prompt_encoder.parameters():
+            parameter.mul_(3.0)
+    other.save_pretrained(folder)
+    logits = other(**ids()).logits
+    return logits[:, logits.shape[1] - LENGTH :]
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_folders_of_peft_are_read_and_written(kind: str, tmp_path) -> None:
+    """With rotary positions exactly: a learned key changes by the rotation that peft's longer positions make."""
+    want = written_by_peft(tmp_path / "theirs", llama, kind)
+    model = seeded(llama)
+    assert (model(**ids()).logits - want).abs().max() > 1e-2
+    tt.load(model, tmp_path / "theirs", name="a")
+    torch.testing.assert_close(model(**ids()).logits, want, atol=1e-5, rtol=1e-5)
+    tt.save(model, tmp_path / "again", name="a", format="peft")
+    back = peft.PeftModel.from_pretrained(seeded(llama), tmp_path / "again").eval()
+    logits = back(**ids()).logits
+    torch.testing.assert_close(logits[:, logits.shape[1] - LENGTH :], want, atol=1e-5, rtol=1e-5)
+
+
+def test_converted_without_the_base_in_memory(tmp_path) -> None:
+    want = written_by_peft(tmp_path / "theirs", llama, "prefix")
+    seeded(llama).save_pretrained(tmp_path / "base")
+    with pytest.raises(tt.Unsupported, match="say which base"):
+        tt.convert(tmp_path / "theirs", tmp_path / "ours")
+    report = tt.convert(tmp_path / "theirs", tmp_path / "ours", base=tmp_path / "base")
+    assert set(report.column("becomes")) == {"PrefixTuning"} and set(report.column("error")) == {0.0}
+    model = seeded(llama)
+    tt.load(model, tmp_path / "ours")
+    torch.testing.assert_close(model(**ids()).logits, want, atol=1e-5, rtol=1e-5)
+    tt.convert(tmp_path / "ours", tmp_path / "back", to="peft", base=tmp_path / "base")
+    logits = peft.PeftModel.from_pretrained(seeded(llama), tmp_path / "back").eval()(**ids()).logits
+    torch.testing.assert_close(logits, want, atol=1e-5, rtol=1e-5)
+
+
+def test_a_network_of_ours_is_written_as_its_tokens(tmp_path) -> None:
+    for method in (tt.PTuning(tokens=TOKENS, hidden=8), tt.PrefixTuning(tokens=TOKENS, hidden=4, std=1.0)):
+        model = seeded(llama)
+        tt.attach(model, method, rng=torch.Generator().manual_seed(3))
+        folder = tt.save(model, tmp_path / type(method).__name__, format="peft")
+        logits = peft.PeftModel.from_pretrained(seeded(llama), folder).eval()(**ids()).logits
+        torch.testing.assert_close(logits[:, logits.shape[1] - LENGTH :], model(**ids()).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_what_cannot_be_read_or_written_says_why(tmp_path) -> None:
+    written_by_peft(tmp_path / "theirs", gpt2, "prefix")
+    with pytest.raises(tt.Unsupported, match="GPT2LMHeadModel has no rotary positions"):
+        tt.load(seeded(gpt2), tmp_path / "theirs")
+    written_by_peft(tmp_path / "narrow", llama, "prompt")
+    with pytest.raises(tt.ShapeMismatch, match="tokens of width 16, and this model's are 24 wide"):
+        tt.load(seeded(lambda: wide()), tmp_path / "narrow")
+    written_by_peft(tmp_path / "deep", llama, "prefix")
+    with pytest.raises(tt.ShapeMismatch, match="this model's 2 layers have 48"):
+        tt.load(seeded(lambda: wide()), tmp_path / "deep")
+    model = seeded(llama)
+    tt.attach(model, tt.PrefixTuning(tokens=TOKENS), layers=[1])
+    with pytest.raises(tt.Unsupported, match="a prefix in 1 of 2 layers"):
+        tt.save(model, tmp_path / "part", format="peft")
+    gated = seeded(llama)
+    tt.attach(gated, tt.PrefixTuning(tokens=TOKENS, gated=True))
+    with pytest.raises(tt.Unsupported, match="gated prefix"):
+        tt.save(gated, tmp_path / "gated", format="peft")
+    assert not (tmp_path / "part").exists() and not (tmp_path / "gated").exists()
+
+
+def wide() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "intermediate_size": 24, "vocab_size": VOCABULARY}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
 
 
 def test_generation_gives_what_peft_gives() -> None:

@@ -25,6 +25,7 @@ from trimtab.compat.peft_files import (
     targeted,
 )
 from trimtab.compat.peft_norms import read_norms
+from trimtab.compat.peft_prompts import PROMPTS, read_prompts
 from trimtab.compat.peft_table import layer_of
 from trimtab.compat.peft_twins import TWINS
 from trimtab.compat.peft_write import write
@@ -89,6 +90,8 @@ class PeftFolder:
         config = read_config(folder)
         if config["peft_type"] == "LN_TUNING":
             return "default", *read_norms(root, folder, config)
+        if config["peft_type"] in PROMPTS:
+            return "default", *read_prompts(root, folder, config)
         return "default", *_Reader(root, folder, trainable).read()
 
     @staticmethod

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.compat.peft_files import NORM_COPY, PREFIX, targeted, write_folder
+from trimtab.compat.peft_prompts import write_prompts
 from trimtab.compat.peft_table import Twin, layer_of
 from trimtab.compat.peft_twins import LORA, TWINS
 from trimtab.core.contracts import Adapter, Reparameterization, Selection
@@ -44,6 +45,11 @@ def write(root: nn.Module, path: Path, name: str) -> Path:
             f"the adapter {name!r} only replaces parameters of the base, for which peft has no adapter type; "
             "save it in trimtab's own format, or tt.merge it and save the base"
         )
+    prompts = write_prompts(root, rest, name) if not saved else None
+    if prompts is not None:
+        own, tensors = prompts
+        common = {key: value for key, value in _common(root, []).items() if key != "target_modules"}
+        return write_folder(path, common | own, tensors)
     form = _native(rest) or _low_rank(rest, name)
     order = {p: i for i, (p, _) in enumerate(root.named_modules())}
     paths = sorted({a.site.path for a in rest}, key=order.__getitem__)
