@@ -1,8 +1,9 @@
-"""Averages of a run's checkpoints on WordNet supersenses: weighted by loss, step or score, uniform, and single ones.
+"""Averages of a run's checkpoints: weighted by loss, step or score, uniform, and single ones.
 
-``python bench/average.py`` (half an hour on one core, and the runs of ``supersense_runs.py`` before it). For every run of LoRA,
-with the learning rate falling linearly to 0 and constant, the checkpoints that were kept are averaged in each way, and the test
-accuracy of the result is compared with that of the last checkpoint, of the best one by validation, and of the uniform average of
+``python bench/average.py`` (half an hour on one core, and the runs of ``supersense_runs.py`` and ``math_runs.py`` before it). For
+every run of LoRA on WordNet supersenses, with the learning rate falling linearly to 0 and constant, and on word problems with the
+small LLaMA, the checkpoints that were kept are averaged in each way, and the test accuracy of the result (word problems: of
+the answer's tokens) is compared with that of the last checkpoint, of the best one by validation, and of the uniform average of
 the last ten: mean difference over seeds, in points, with its standard error. Results go to ``bench/results/average.json`` after
 every figure, and an interrupted run continues there.
 """
@@ -15,11 +16,13 @@ import math
 import os
 import statistics
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import math_runs
 import trimtab as tt
 from supersense_runs import SEEDS, run
 from trimtab.artifacts.trials import alone
@@ -27,7 +30,8 @@ from trimtab.core.table import Table
 from trimtab.training.scoring import scorer
 
 RESULTS = Path(__file__).parent / "results" / "average.json"
-GROUPS = ("LoRA", "LoRA, constant rate", "LoRA, full example")
+MATH = "word problems"
+GROUPS = ("LoRA", "LoRA, constant rate", MATH, "LoRA, full example")
 SETTINGS: dict[str, dict[str, Any]] = {
     "last": {"scheme": "uniform", "last": 1},
     "best single": {"scheme": "uniform", "best": 1},
@@ -64,14 +68,27 @@ def one(folder: Path, given: dict[str, Any], model: Any, test: Any, judge: Any) 
     with tempfile.TemporaryDirectory() as place:
         result = tt.average(folder, Path(place) / "out", model=base, score=score, **given)
         with alone(model, result.path):
-            reached = test(model)
+            reached = test(model)  # a word problem's has its loss beside it
     figures = {"gap": result.gap, "weights": result.weights, "setting": result.setting, "trials": result.trials}
-    return {"test": reached, "used": [path.name for path in result.used], **figures}
+    return {**reached, "used": [path.name for path in result.used], **figures}
+
+
+def figure(rows: dict[int, dict[str, Any]], key: str) -> Any:
+    """A mean over seeds, blank where the runs have none."""
+    return round(statistics.mean(row[key] for row in rows.values()), 4) if all(key in row for row in rows.values()) else ""
+
+
+def tester(group: str, folder: Path) -> tuple[Any, Callable[[Any], dict[str, float]]]:
+    """The base of a run, and what an adapter on it reaches on the test split."""
+    if group == MATH:
+        return math_runs.judge(folder, "test")
+    model, score = scorer(folder, on="test")
+    return model, lambda m: {"test": score(m)}
 
 
 def summarise(rows: dict[str, Any]) -> Table:
     """Mean test accuracy over seeds, and the paired differences to the base lines in points, with standard errors."""
-    table = Table(("run", "average", "seeds", "test", *(f"against {name}" for name in BASELINES)))
+    table = Table(("run", "average", "seeds", "test", "loss", *(f"against {name}" for name in BASELINES)))
     table.limit = 100
     for group in GROUPS:
         for label in SETTINGS:
@@ -86,7 +103,7 @@ def summarise(rows: dict[str, Any]) -> Table:
                 ]  # fmt: skip
                 error = statistics.stdev(each) / math.sqrt(len(each)) if len(each) > 1 else math.nan
                 cells.append(f"{statistics.mean(each):+.2f} +- {error:.2f}" if each else "")
-            table.add(group, label, len(found), round(statistics.mean(row["test"] for row in found.values()), 4), *cells)
+            table.add(group, label, len(found), *(figure(found, key) for key in ("test", "loss")), *cells)
     return table
 
 
@@ -98,16 +115,16 @@ def main() -> None:
     rows = stored().get("runs", {})
     for group in GROUPS:
         for seed in SEEDS:
-            folder = run(group, seed, ready=ready)
+            folder = math_runs.run(seed, ready=ready) if group == MATH else run(group, seed, ready=ready)
             if folder is None:
                 continue
-            model, test = scorer(folder, on="test")
+            model, test = tester(group, folder)
             judge = None
             for label, given in SETTINGS.items():
                 key = f"{group} | {seed} | {label}"
                 if key in rows:
                     continue
-                judge = judge or scorer(folder, on="validation")
+                judge = judge or scorer(folder, on="validation", metric="token_accuracy" if group == MATH else None)
                 rows[key] = one(folder, given, model, test, judge)
                 store({"runs": rows, "summary": summarise(rows).records()})
                 print(key, rows[key]["test"], flush=True)
