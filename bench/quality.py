@@ -11,7 +11,8 @@ demands, which the task lists), with the schedule that belongs to it:
 
 The head learns beside every method, at 1e-3. No weight decay; linear decay after 6 % warm-up. Full fine-tuning and the head
 alone (linear probe) run under the same rules. Results go to ``bench/results/quality_<task>.json`` after every run, and an
-interrupted sweep continues there; the table gives mean and standard error over seeds, and the paired difference to LoRA.
+interrupted sweep continues there; several processes may share it, with other ``--methods`` each. The table gives mean and
+standard error over seeds, and the paired difference to LoRA.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 
 import trimtab as tt
-from quality_tasks import TASKS, TaskData
+from quality_tasks import CACHE, TASKS, TaskData
 from trimtab.core import registry
 from trimtab.core.errors import TrimtabError
 from trimtab.core.table import Table
@@ -236,11 +238,17 @@ def main() -> None:
         if stored["methods"] and stored["settings"] != settings:
             raise SystemExit(f"{out} was measured with {stored['settings']}, not {settings}: give --out, or move it away")
         stored["settings"] = settings
+        CACHE.mkdir(parents=True, exist_ok=True)
 
         def save() -> None:
-            draft = out.with_suffix(".part")
-            draft.write_text(json.dumps(stored, indent=1) + "\n", "utf-8")
-            os.replace(draft, out)
+            """Write ``entry``, and leave to other processes what is theirs."""
+            with FileLock(CACHE / f"{out.stem}.lock"):
+                if out.is_file():
+                    stored["methods"] = json.loads(out.read_text("utf-8"))["methods"]
+                stored["methods"][name] = entry
+                draft = out.with_suffix(".part")
+                draft.write_text(json.dumps(stored, indent=1) + "\n", "utf-8")
+                os.replace(draft, out)
 
         chosen = [name.strip() for name in args.methods.split(",") if name.strip()] or [PROBE, "LoRA", FULL, *registry.names()]
         for name in dict.fromkeys(chosen):

@@ -12,8 +12,8 @@ categories, are the task's real data. For each seed:
 * ``real inputs``: the source's answers to the real inputs, distilled: what perfect inputs would give.
 
 What counts is the accuracy of the written answer on the test split, greedy, and of the target's gain over its bare form the share
-that a transfer reaches. The rate is one for all, chosen for the source on the validation split. Everything resumes; results go to
-``bench/results/transfer.json``.
+that a transfer reaches. The rate is one a model, chosen for training on the real data, on the validation split. Everything resumes;
+results go to ``bench/results/transfer.json``.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ RECIPES = {
 }
 TASK, TEMPLATE = "noun definition", "{input}\nCategory:"
 REAL, SEEDS, LISTS, TESTED = 2000, 5, 400, 1200
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (1e-3, 2e-3, 4e-3)
 CELLS = ("source", "target, real data", "transfer", "transfer, no filter", "real inputs")
 PLAIN = {"style": "plain", "prompt": "{prompt}", "answer": "{answer}"}
 
@@ -118,27 +118,29 @@ class Bench:
     def training(self, rate: float) -> dict[str, Any]:
         """How every adapter is trained."""
         method = {"method": {"name": "LoRA", "rank": 16}, "targets": "linear", "learning_rate": rate}
-        return {**method, "epochs": 4, "batch_size": 16, "threads": self.threads}
+        return {**method, "epochs": 8, "batch_size": 16, "threads": self.threads}
 
     def train(self, side: str, file: Path, name: str, seed: int) -> str:
         """Folder of an adapter on ``side``, trained on a file of prompts and answers."""
         run = {"task": "instruction-tuning", "template": PLAIN, "model": str(self.bases[side]), "seed": seed}
         data = {"data": {"train": str(file), "answer": "answer"}, "output": str(CACHE / f"{name}-{seed}")}
-        return str(Path(tt.train(run | data | self.training(self.rate())).output) / "adapter")
+        return str(Path(tt.train(run | data | self.training(self.rate(side))).output) / "adapter")
 
-    def rate(self) -> float:
-        """The learning rate with the best validation accuracy of the source's adapter, seed 0."""
-        return max(self.stored["rates"], key=lambda pair: pair[1])[0]
+    def rate(self, side: str) -> float:
+        """The learning rate with the best validation accuracy of an adapter on ``side``, seed 0."""
+        return max(self.stored["rates"][side], key=lambda pair: pair[1])[0]
 
     def search(self) -> None:
-        """One run a rate."""
-        found = self.stored.setdefault("rates", [])
-        for rate in RATES[len(found) :]:
-            run = {"task": "instruction-tuning", "template": PLAIN, "model": str(self.bases["source"]), "seed": 0}
-            data = {"data": {"train": str(self.file), "answer": "answer"}, "output": str(CACHE / f"rate-{rate:g}")}
-            adapter = Path(tt.train(run | data | self.training(rate)).output) / "adapter"
-            found.append([rate, accuracy(self.bases["source"], str(adapter), split("validation"))])
-            self.save()
+        """One run a rate and model."""
+        for side, base in self.bases.items():
+            found = self.stored.setdefault("rates", {}).setdefault(side, [])
+            for rate in RATES[len(found) :]:
+                run = {"task": "instruction-tuning", "template": PLAIN, "model": str(base), "seed": 0}
+                data = {"data": {"train": str(self.file), "answer": "answer"}, "output": str(CACHE / f"rate-{side}-{rate:g}")}
+                adapter = Path(tt.train(run | data | self.training(rate)).output) / "adapter"
+                found.append([rate, accuracy(base, str(adapter), split("validation"))])
+                print(side, found[-1], flush=True)
+                self.save()
 
     def transfer(self, seed: int, name: str, discriminator: dict[str, Any] | None) -> dict[str, Any]:
         """One transfer's counts and its adapter."""
@@ -149,14 +151,14 @@ class Bench:
                 "task": TASK, "template": TEMPLATE, "target": str(self.bases["target"]), "count": REAL, "seed": seed,
                 "source": {"model": str(self.bases["source"]), "adapter": str(CACHE / f"source-{seed}" / "adapter")},
                 "seeds": [row["text"] for row in draw.sample(self.real, SEEDS)], "discriminator": discriminator,
-                "generator": {"calls": 32, "tokens": 160}, "answer_tokens": 8, "train": self.training(self.rate()),
+                "generator": {"calls": 32, "tokens": 160}, "answer_tokens": 8, "train": self.training(self.rate("target")),
                 "output": str(CACHE / f"{name}-{seed}"),
             })  # fmt: skip
         return {key: getattr(result, key) for key in ("adapter", "made", "drawn", "acceptance", "unanswered", "auc")}
 
     def cell(self, name: str, seed: int) -> dict[str, Any]:
         """Train one cell; what it made, and its adapter."""
-        filtered = {"data": str(CACHE / "inputs.jsonl"), "train": self.training(self.rate()) | {"epochs": 2}}
+        filtered = {"data": str(CACHE / "inputs.jsonl"), "train": self.training(self.rate("source")) | {"epochs": 2}}
         if name == "source":
             return {"adapter": self.train("source", self.file, "source", seed)}
         if name == "target, real data":
