@@ -111,11 +111,12 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ready", action="store_true", help="take the runs that are there and train none")
-    ready = parser.parse_args().ready
+    parser.add_argument("--runs", default=";".join(GROUPS), help="whose checkpoints, separated by semicolons")
+    args = parser.parse_args()
     rows = stored().get("runs", {})
-    for group in GROUPS:
+    for group in (name.strip() for name in args.runs.split(";")):
         for seed in SEEDS:
-            folder = math_runs.run(seed, ready=ready) if group == MATH else run(group, seed, ready=ready)
+            folder = math_runs.run(seed, ready=args.ready) if group == MATH else run(group, seed, ready=args.ready)
             if folder is None:
                 continue
             model, test = tester(group, folder)

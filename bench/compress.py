@@ -125,10 +125,10 @@ def settings() -> dict[str, dict[str, Any]]:
     return {**formula, **fitted, **chosen}
 
 
-def adapters_part(*, ready: bool) -> None:
+def adapters_part(methods: list[str], *, ready: bool) -> None:
     """See the module."""
     rows: dict[str, Any] = stored().get("adapters", {})
-    for method in METHODS:
+    for method in methods:
         for seed in SEEDS:
             folder = run(method, seed, ready=ready)
             if folder is None:
@@ -194,12 +194,13 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", choices=("adapters", "coding"), default="adapters")
+    parser.add_argument("--runs", default=";".join(METHODS), help="whose adapters, separated by semicolons")
     parser.add_argument("--ready", action="store_true", help="take the runs that are there and train none")
     given = parser.parse_args()
     if given.part == "coding":
         coding_part()
     else:
-        adapters_part(ready=given.ready)
+        adapters_part([name.strip() for name in given.runs.split(";")], ready=given.ready)
 
 
 if __name__ == "__main__":
