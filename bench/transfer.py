@@ -56,6 +56,8 @@ RECIPES = {
 TASK, TEMPLATE = "noun definition", "{input}\nCategory:"
 REAL, SEEDS, LISTS, TESTED = 2000, 5, 400, 1200
 RATES = (1e-3, 2e-3, 4e-3)
+#: these models lose count behind the first item, so that short continuations are enough; the temperature is below 1 for their sake
+GENERATOR = {"calls": 128, "tokens": 32, "temperature": 0.8}
 CELLS = ("source", "target, real data", "transfer", "transfer, no filter", "real inputs")
 PLAIN = {"style": "plain", "prompt": "{prompt}", "answer": "{answer}"}
 
@@ -151,7 +153,7 @@ class Bench:
                 "task": TASK, "template": TEMPLATE, "target": str(self.bases["target"]), "count": REAL, "seed": seed,
                 "source": {"model": str(self.bases["source"]), "adapter": str(CACHE / f"source-{seed}" / "adapter")},
                 "seeds": [row["text"] for row in draw.sample(self.real, SEEDS)], "discriminator": discriminator,
-                "generator": {"calls": 32, "tokens": 160}, "answer_tokens": 8, "train": self.training(self.rate("target")),
+                "generator": GENERATOR, "answer_tokens": 8, "train": self.training(self.rate("target")),
                 "output": str(CACHE / f"{name}-{seed}"),
             })  # fmt: skip
         return {key: getattr(result, key) for key in ("adapter", "made", "drawn", "acceptance", "unanswered", "auc")}

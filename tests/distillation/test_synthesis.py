@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -141,3 +143,30 @@ def test_squared_mmd_is_that_of_the_definition() -> None:
     a, b = x[:4].double(), y[:3].double()
     mean = lambda u, v: sum(k(p, q) for p in u for q in v) / (len(u) * len(v))  # noqa: E731
     assert squared_mmd(a, b, bandwidth=1.7) == pytest.approx(mean(a, a) + mean(b, b) - 2 * mean(a, b), abs=1e-12)
+
+
+@pytest.mark.parametrize("overlap", [0.5, 0.7, 1.0])
+def test_repetitions_are_those_of_a_plain_search(overlap: float, tmp_path: Path) -> None:
+    """Every pair by its longest common subsequence, from the table of all prefixes."""
+    words = [f"w{i}" for i in range(12)]
+    dice = random.Random(3)
+    texts = [" ".join(dice.choices(words, k=dice.randint(1, 9))) for _ in range(400)]
+    kept: list[list[str]] = [["w0", "w1", "w2"]]
+    for text in texts:
+        new = text.split()
+        if all(longest(new, old) < overlap * max(len(new), len(old)) for old in kept):
+            kept.append(new)
+    found = draw(
+        lambda seeds, call: texts if call == 0 else [f"other{call}"], None, ["w0 w1 w2"], target=len(kept) - 1,
+        file=tmp_path / "f.jsonl", seed=0, overlap=overlap,
+    )  # fmt: skip
+    assert found.accepted == [" ".join(each) for each in kept[1:]]
+    assert 20 < len(kept) < len(texts)
+
+
+def longest(a: list[str], b: list[str]) -> int:
+    table = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
+    for i, x in enumerate(a):
+        for j, y in enumerate(b):
+            table[i + 1][j + 1] = table[i][j] + 1 if x == y else max(table[i][j + 1], table[i + 1][j])
+    return table[-1][-1]

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import json
 import random
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from zlib import crc32
+
+import numpy as np
 
 from trimtab.core.errors import TrimtabError, Unsupported
 from trimtab.training.files import append_lines
 
 __all__ = ["Draws", "TooFewAccepted", "draw"]
+
+_BINS = 128
 
 Generate = Callable[[Sequence[str], int], list[str]]
 Score = Callable[[Sequence[str]], list[float]]
@@ -133,30 +137,44 @@ def _earlier(file: Path) -> tuple[list[dict], int]:
 
 
 class _Pool:
-    """Inputs so far, by their words; ``add`` is False for a repetition."""
+    """Inputs so far, by their words; ``add`` is False for a repetition.
+
+    Words are counted in ``_BINS`` bins: what two texts share there bounds their common subsequence, and few pairs pass.
+    """
 
     def __init__(self, texts: Sequence[str], overlap: float):
         self.overlap, self.words = overlap, []
         self.known: set[tuple[str, ...]] = set()
+        self.bins = np.zeros((256, _BINS), np.uint16)
         for text in texts:
             self._remember(tuple(text.lower().split()))
 
     def _remember(self, words: tuple[str, ...]) -> None:
         self.known.add(words)
+        if len(self.words) == len(self.bins):
+            self.bins = np.concatenate([self.bins, np.zeros_like(self.bins)])
+        self.bins[len(self.words)] = _binned(words)
         self.words.append(words)
 
     def add(self, text: str) -> bool:
         words = tuple(text.lower().split())
-        if not words or words in self.known or any(self._close(words, other) for other in self.words):
+        if not words or words in self.known or any(self._close(words, self.words[i]) for i in self._near(words)):
             return False
         self._remember(words)
         return True
 
+    def _near(self, words: tuple[str, ...]) -> list[int]:
+        """The numbers of the texts that share enough words to be close, whatever their order."""
+        bins = self.bins[: len(self.words)]
+        lengths = np.maximum(bins.sum(1), len(words))
+        return np.flatnonzero(np.minimum(bins, _binned(words)).sum(1) >= self.overlap * lengths).tolist()
+
     def _close(self, a: tuple[str, ...], b: tuple[str, ...]) -> bool:
-        need = self.overlap * max(len(a), len(b))
-        if min(len(a), len(b)) < need or (Counter(a) & Counter(b)).total() < need:  # bounds that cost less
-            return False
-        return _common(a, b) >= need
+        return _common(a, b) >= self.overlap * max(len(a), len(b))
+
+
+def _binned(words: Sequence[str]) -> np.ndarray:
+    return np.bincount([crc32(word.encode()) % _BINS for word in words], minlength=_BINS).astype(np.uint16)
 
 
 def _common(a: Sequence[str], b: Sequence[str]) -> int:
