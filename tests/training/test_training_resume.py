@@ -63,6 +63,15 @@ def test_interrupted_at_any_step(undisturbed: tuple, tmp_path: Path, step: int):
     assert written(tmp_path / "run") == expected
 
 
+def test_a_checkpoint_names_no_folder_that_is_gone(undisturbed: tuple, tmp_path: Path):
+    """Where the best evaluation is at a checkpoint, transformers notes that folder, and warns at the resumption if it has moved."""
+    config = settings(undisturbed[0], **RUN | {"eval_every": 4}, output=str(tmp_path / "run"))
+    with interrupted_in(5):
+        train(config)
+    state = json.loads((tmp_path / "run" / "checkpoints" / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["best_global_step"] == 4 and state["best_model_checkpoint"] is None
+
+
 def test_interrupted_after_the_last_step(undisturbed: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder, expected = undisturbed
     config = settings(folder, **RUN, output=str(tmp_path / "run"))

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, sort_checkpoints
 
 from trimtab.core.activation import named_parameters
@@ -291,6 +292,8 @@ class AdapterTrainer(Trainer):
             if self.args.should_save:
                 inner = stage / final.name
                 save_state(self.schedule, inner)
+                self.state.best_model_checkpoint = None  # transformers noted the stage; ours is kept apart
+                self.state.save_to_json(str(inner / TRAINER_STATE_NAME))
                 for file in inner.iterdir():
                     os.replace(file, stage / file.name)
                 inner.rmdir()
