@@ -171,7 +171,8 @@ def against(entry: dict[str, Any], other: dict[str, Any]) -> tuple[float, float]
 
 def show(results: dict[str, Any], task: str) -> None:
     """The table, and the picture beside the JSON."""
-    table = Table(("method", "trainable", "rate", "test %", "± s.e.", "vs LoRA", "± s.e."), title=f"{task}: test accuracy")
+    columns = ("method", "trainable", "rate", "test %", "± s.e.", "vs LoRA", "± s.e.")
+    table = Table(columns, title=f"{task}: test accuracy", limit=100)
     points = {name: s for name, entry in results.items() if (s := summary(entry))}
     for name, point in sorted(points.items(), key=lambda item: -item[1]["test"]):
         gap = against(results[name], results["LoRA"]) if "LoRA" in points and name != "LoRA" else (math.nan, math.nan)
@@ -193,23 +194,23 @@ def picture(points: dict[str, dict[str, float]], task: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
-    for name, point in points.items():
-        if name == PROBE:
-            axes.axhline(100 * point["test"], color="grey", linestyle=":", label=PROBE)
-            continue
-        baseline = name in (FULL, "LoRA")
-        at = (point["trainable"], 100 * point["test"])
-        axes.errorbar(*at, yerr=100 * point["error"], fmt="o", color="tab:red" if baseline else "tab:blue", capsize=2)
-        axes.annotate(name, at, textcoords="offset points", xytext=(5, 4), fontsize=8)
+    figure, axes = plt.subplots(figsize=(10, 6), layout="constrained")
+    best_first = sorted((item for item in points.items() if item[0] != PROBE), key=lambda item: -item[1]["test"])
+    for rank, (name, point) in enumerate(best_first, 1):
+        at, known = (point["trainable"], 100 * point["test"]), name in (FULL, "LoRA")
+        style = {"color": "tab:red" if known else "tab:blue", "zorder": 3 if known else 2}
+        axes.errorbar(*at, yerr=100 * point["error"], fmt="o", markersize=4, capsize=2, label=f"{rank} {name}", **style)
+        axes.annotate(str(rank), at, textcoords="offset points", xytext=(4, 3), fontsize=7)
+    if PROBE in points:
+        axes.axhline(100 * points[PROBE]["test"], color="grey", linestyle=":", label=PROBE)
     axes.set(
         xscale="log",
         xlabel="trainable parameters, without the head",
         ylabel="test accuracy, %",
-        title=f"{task}: each method by its defaults",
+        title=f"{task}: methods by their defaults, ± one standard error",
     )
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside right upper", fontsize=7, ncols=1 + (len(points) > 30), handlelength=0.8)
     figure.savefig(RESULTS / f"quality_{task}.png", dpi=130)
 
 
