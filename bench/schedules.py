@@ -10,7 +10,7 @@ second half of the steps, when the optimizer has met all layers. The weights, wh
 
 Time: medians over interleaved rounds of ten steps, probes of IST included, and medians of the ratios to LoRA's round beside.
 
-Accuracy: as in ``bench/quality.py``: its rates, seeds, head, batches and steps (``--epochs`` for more), the rate chosen on the
+Accuracy: as in ``bench/quality.py``: its rates, seeds, head, batches and steps (``--epochs`` and ``--task-batch`` for more), the rate chosen on the
 validation split for every row. LoRA's own runs are taken from ``bench/results/quality_supersense.json``, which the same function
 made, if they are there. For Light-PEFT see ``bench/light_peft.py``.
 """
@@ -199,12 +199,14 @@ def main() -> None:
     for name, value in (sizes | {"seed": 0, "rates": 3, "beyond": 2, "seeds": 3}).items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--epochs", type=int, default=None, help="of the accuracy part, kept apart; the task's own if left out")
+    parser.add_argument("--task-batch", type=int, default=None, help="likewise, rows a step")
     for name in ("time", "accuracy", "show"):
         parser.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--rows", default="", help="of the accuracy part, separated by semicolons; all if empty")
     parser.add_argument("--out", default=str(RESULTS))
     args = parser.parse_args()
-    args.dtype, args.longer = "float32", {} if args.epochs is None else {"epochs": args.epochs}
+    args.dtype, longer = "float32", {"epochs": args.epochs, "batch_size": args.task_batch}
+    args.longer = {key: value for key, value in longer.items() if value is not None}
     torch.set_num_threads(args.threads)
     out = Path(args.out)
     stored = json.loads(out.read_text("utf-8")) if out.is_file() else {}
@@ -216,7 +218,7 @@ def main() -> None:
         os.replace(draft, out)
 
     if args.accuracy:
-        part = f"accuracy, {args.epochs} epochs" if args.longer else "accuracy"
+        part = ", ".join(["accuracy", *(f"{key} {value}" for key, value in args.longer.items())])
         accuracy(args, stored.setdefault(part, {}), save)
     elif not args.show:
         part, settings = "time" if args.time else "memory", {key: getattr(args, key) for key in sizes}
