@@ -10,9 +10,9 @@ second half of the steps, when the optimizer has met all layers. The weights, wh
 
 Time: medians over interleaved rounds of ten steps, probes of IST included, and medians of the ratios to LoRA's round beside.
 
-Accuracy: as in ``bench/quality.py``: its rates, seeds, head, batches and steps (``--epochs`` and ``--task-batch`` for more), the rate chosen on the
-validation split for every row. LoRA's own runs are taken from ``bench/results/quality_supersense.json``, which the same function
-made, if they are there. For Light-PEFT see ``bench/light_peft.py``.
+Accuracy: as in ``bench/quality.py``: its rates, seeds, head, batches and steps (more by ``--epochs`` and ``--task-batch``), the
+rate chosen on the validation split for every row. LoRA's own runs are taken from ``bench/results/quality_supersense.json``, which
+the same function made, if they are there. For Light-PEFT see ``bench/light_peft.py``.
 """
 
 from __future__ import annotations
