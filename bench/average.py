@@ -126,7 +126,9 @@ def main() -> None:
                 if key in rows:
                     continue
                 judge = judge or scorer(folder, on="validation", metric="token_accuracy" if group == MATH else None)
-                rows[key] = one(folder, given, model, test, judge)
+                scored = group == MATH and ("best" in given or given.get("by") == "score")
+                more = {"metric": "eval_token_accuracy"} if scored else {}
+                rows[key] = one(folder, given | more, model, test, judge)
                 store({"runs": rows, "summary": summarise(rows).records()})
                 print(key, rows[key]["test"], flush=True)
     print(summarise(rows))
