@@ -27,6 +27,7 @@ import trimtab as tt
 from supersense_runs import SEEDS, run
 from trimtab.artifacts.trials import alone
 from trimtab.core.table import Table
+from trimtab.training.files import write_text
 from trimtab.training.scoring import scorer
 
 RESULTS = Path(__file__).parent / "results" / "average.json"
@@ -57,9 +58,7 @@ def stored() -> dict[str, Any]:
 
 def store(value: dict[str, Any]) -> None:
     """Write all of them in one step."""
-    draft = RESULTS.with_suffix(".part")
-    draft.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
-    os.replace(draft, RESULTS)
+    write_text(RESULTS, json.dumps(value, indent=1) + "\n")
 
 
 def one(folder: Path, given: dict[str, Any], model: Any, test: Any, judge: Any) -> dict[str, Any]:

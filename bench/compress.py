@@ -30,6 +30,7 @@ from supersense_runs import SEEDS, run
 from trimtab.artifacts.coding import CODINGS, bound, decode, encode
 from trimtab.artifacts.trials import alone
 from trimtab.core.table import Table
+from trimtab.training.files import write_text
 from trimtab.training.scoring import scorer, training_losses
 
 RESULTS = Path(__file__).parent / "results" / "compress.json"
@@ -45,9 +46,7 @@ def stored() -> dict[str, Any]:
 
 def store(part: str, value: Any) -> None:
     """Replace one part of them, in one step."""
-    draft = RESULTS.with_suffix(".part")
-    draft.write_text(json.dumps(stored() | {part: value}, indent=1) + "\n", "utf-8")
-    os.replace(draft, RESULTS)
+    write_text(RESULTS, json.dumps(stored() | {part: value}, indent=1) + "\n")
 
 
 # -- coding

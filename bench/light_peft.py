@@ -40,6 +40,7 @@ from quality_tasks import TASKS, Supersense
 from trimtab.core.account import LiveBytes
 from trimtab.core.cut import cut_of
 from trimtab.core.table import Table
+from trimtab.training.files import write_text
 
 RESULTS = Path(__file__).parent / "results" / "light_peft.json"
 RANK = 8
@@ -220,9 +221,7 @@ def write(part: str, settings: dict[str, Any], value: Any) -> None:
     stored = json.loads(RESULTS.read_text("utf-8")) if RESULTS.is_file() else {}
     versions = {"torch": torch.__version__, "trimtab": tt.__version__, "machine": platform.machine()}
     stored[part] = {"settings": settings | versions, "results": value}
-    draft = RESULTS.with_suffix(".part")
-    draft.write_text(json.dumps(stored, indent=1) + "\n", "utf-8")
-    os.replace(draft, RESULTS)
+    write_text(RESULTS, json.dumps(stored, indent=1) + "\n")
 
 
 def read(part: str) -> dict[str, Any]:

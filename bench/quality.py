@@ -40,6 +40,7 @@ from trimtab.core import registry
 from trimtab.core.errors import TrimtabError
 from trimtab.core.table import Table
 from trimtab.schedules import BilevelCompetition, Schedule
+from trimtab.training.files import write_text
 
 RESULTS = Path(__file__).parent / "results"
 HEAD_RATE, WARMUP = 1e-3, 0.06
@@ -247,9 +248,7 @@ def main() -> None:
                 if out.is_file():
                     stored["methods"] = json.loads(out.read_text("utf-8"))["methods"]
                 stored["methods"][name] = entry
-                draft = out.with_suffix(".part")
-                draft.write_text(json.dumps(stored, indent=1) + "\n", "utf-8")
-                os.replace(draft, out)
+                write_text(out, json.dumps(stored, indent=1) + "\n")
 
         chosen = [name.strip() for name in args.methods.split(",") if name.strip()] or [PROBE, "LoRA", FULL, *registry.names()]
         for name in dict.fromkeys(chosen):

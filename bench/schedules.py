@@ -39,6 +39,7 @@ from quality import against, best_of, beyond, rates, run, summary
 from quality_tasks import Supersense
 from trimtab.core.account import saved_bytes
 from trimtab.core.table import Table
+from trimtab.training.files import write_text
 
 RESULTS = Path(__file__).parent / "results" / "schedules.json"
 Make = Callable[[], list[tt.Schedule]]
@@ -213,9 +214,7 @@ def main() -> None:
 
     def save() -> None:
         stored["versions"] = {"torch": torch.__version__, "trimtab": tt.__version__, "machine": platform.machine()}
-        draft = out.with_suffix(".part")
-        draft.write_text(json.dumps(stored, indent=1) + "\n", "utf-8")
-        os.replace(draft, out)
+        write_text(out, json.dumps(stored, indent=1) + "\n")
 
     if args.accuracy:
         part = ", ".join(["accuracy", *(f"{key} {value}" for key, value in args.longer.items())])

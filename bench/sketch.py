@@ -42,6 +42,7 @@ from trimtab.core.table import Table
 from trimtab.kernels.codes import pack
 from trimtab.kernels.kmeans import assign, kmeans
 from trimtab.kernels.sweep import Hessian, codebook, curvature, nearest_codes, sweep
+from trimtab.training.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "sketch.json"
@@ -66,9 +67,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 def write(part: str, value: Any) -> None:
     """Replace one part of the results file."""
     stored = json.loads(RESULTS.read_text("utf-8")) if RESULTS.is_file() else {}
-    draft = RESULTS.with_suffix(".part")
-    draft.write_text(json.dumps(stored | {"torch": torch.__version__, part: value}, indent=1) + "\n", "utf-8")
-    os.replace(draft, RESULTS)
+    write_text(RESULTS, json.dumps(stored | {"torch": torch.__version__, part: value}, indent=1) + "\n")
 
 
 def bits() -> None:

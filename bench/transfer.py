@@ -62,6 +62,11 @@ CELLS = ("source", "target, real data", "transfer", "transfer, no filter", "real
 PLAIN = {"style": "plain", "prompt": "{prompt}", "answer": "{answer}"}
 
 
+def place(name: str, seed: int) -> Path:
+    """The folder of a cell's run."""
+    return CACHE / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
+
+
 def split(name: str) -> list[dict[str, str]]:
     """Rows of a split: the definition, and the category without its prefix."""
     rows = (json.loads(line) for line in (DATA / f"{name}.jsonl").read_text("utf-8").splitlines())
@@ -122,11 +127,11 @@ class Bench:
         method = {"method": {"name": "LoRA", "rank": 16}, "targets": "linear", "learning_rate": rate}
         return {**method, "epochs": 8, "batch_size": 16, "threads": self.threads}
 
-    def train(self, side: str, file: Path, name: str, seed: int) -> str:
+    def train(self, side: str, file: Path, output: Path, seed: int, rate: float) -> str:
         """Folder of an adapter on ``side``, trained on a file of prompts and answers."""
         run = {"task": "instruction-tuning", "template": PLAIN, "model": str(self.bases[side]), "seed": seed}
-        data = {"data": {"train": str(file), "answer": "answer"}, "output": str(CACHE / f"{name}-{seed}")}
-        return str(Path(tt.train(run | data | self.training(self.rate(side))).output) / "adapter")
+        data = {"data": {"train": str(file), "answer": "answer"}, "output": str(output)}
+        return str(Path(tt.train(run | data | self.training(rate)).output) / "adapter")
 
     def rate(self, side: str) -> float:
         """The learning rate with the best validation accuracy of an adapter on ``side``, seed 0."""
@@ -137,24 +142,22 @@ class Bench:
         for side, base in self.bases.items():
             found = self.stored.setdefault("rates", {}).setdefault(side, [])
             for rate in RATES[len(found) :]:
-                run = {"task": "instruction-tuning", "template": PLAIN, "model": str(base), "seed": 0}
-                data = {"data": {"train": str(self.file), "answer": "answer"}, "output": str(CACHE / f"rate-{side}-{rate:g}")}
-                adapter = Path(tt.train(run | data | self.training(rate)).output) / "adapter"
-                found.append([rate, accuracy(base, str(adapter), split("validation"))])
+                adapter = self.train(side, self.file, CACHE / f"rate-{side}-{rate:g}", 0, rate)
+                found.append([rate, accuracy(base, adapter, split("validation"))])
                 print(side, found[-1], flush=True)
                 self.save()
 
-    def transfer(self, seed: int, name: str, discriminator: dict[str, Any] | None) -> dict[str, Any]:
+    def transfer(self, seed: int, output: Path, discriminator: dict[str, Any] | None) -> dict[str, Any]:
         """One transfer's counts and its adapter."""
         draw = random.Random(seed)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="this transfer has no filter")
             result = tt.transfer({
                 "task": TASK, "template": TEMPLATE, "target": str(self.bases["target"]), "count": REAL, "seed": seed,
-                "source": {"model": str(self.bases["source"]), "adapter": str(CACHE / f"source-{seed}" / "adapter")},
+                "source": {"model": str(self.bases["source"]), "adapter": str(place("source", seed) / "adapter")},
                 "seeds": [row["text"] for row in draw.sample(self.real, SEEDS)], "discriminator": discriminator,
                 "generator": GENERATOR, "answer_tokens": 8, "train": self.training(self.rate("target")),
-                "output": str(CACHE / f"{name}-{seed}"),
+                "output": str(output),
             })  # fmt: skip
         return {key: getattr(result, key) for key in ("adapter", "made", "drawn", "acceptance", "unanswered", "auc")}
 
@@ -162,22 +165,22 @@ class Bench:
         """Train one cell; what it made, and its adapter."""
         filtered = {"data": str(CACHE / "inputs.jsonl"), "train": self.training(self.rate("source")) | {"epochs": 2}}
         if name == "source":
-            return {"adapter": self.train("source", self.file, "source", seed)}
+            return {"adapter": self.train("source", self.file, place("source", seed), seed, self.rate("source"))}
         if name == "target, real data":
-            return {"adapter": self.train("target", self.file, "target", seed)}
+            return {"adapter": self.train("target", self.file, place("target", seed), seed, self.rate("target"))}
         if name != "real inputs":
-            return self.transfer(seed, name.replace(", ", "-").replace(" ", "-"), filtered if name == "transfer" else None)
+            return self.transfer(seed, place(name, seed), filtered if name == "transfer" else None)
         side = Side(*load_decoder(str(self.bases["source"]), "fp32"))
-        tt.load(side.model, CACHE / f"source-{seed}" / "adapter", name="a", trainable=False)
+        tt.load(side.model, place("source", seed) / "adapter", name="a", trainable=False)
         texts = [row["text"] for row in self.real]
         answers = side.answers([TEMPLATE.format(input=text) for text in texts], tokens=8, adapter="a")
         file = CACHE / f"real-inputs-{seed}.jsonl"
         write_text(file, json_lines(self.examples(texts, [answer.strip() for answer in answers])))
-        return {"adapter": self.train("target", file, "real-inputs-run", seed)}
+        return {"adapter": self.train("target", file, place("real-inputs-run", seed), seed, self.rate("target"))}
 
     def made(self, seed: int, name: str) -> dict[str, Any]:
         """What a transfer's inputs look like: the categories they were given, and three of them."""
-        lines = (CACHE / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}" / "synthetic.jsonl").read_text("utf-8").splitlines()
+        lines = (place(name, seed) / "synthetic.jsonl").read_text("utf-8").splitlines()
         rows = [json.loads(line) for line in lines]
         counts = Counter(row["answer"].strip() for row in rows)
         return {"categories": dict(counts.most_common()), "first": rows[:3]}

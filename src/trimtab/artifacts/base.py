@@ -38,10 +38,7 @@ class LiveBase:
 
     def value(self, path: str, tensor: str) -> Tensor | None:
         """See ``Base``."""
-        try:
-            module = self.root.get_submodule(path)
-        except AttributeError:
-            return None
+        module = self.root.get_submodule(path)
         state = self.root.__dict__.get(ATTRIBUTE)
         merged = [entry for entries in state.originals.values() for entry in entries] if state is not None else []
         # of several merges the first one saw the base's own

@@ -20,6 +20,7 @@ from trimtab.artifacts.rules import rule_entry
 from trimtab.artifacts.saved import open_saved
 from trimtab.artifacts.updates import reference
 from trimtab.artifacts.writing import as_low_rank, write_adapters
+from trimtab.core.checkpoint import find_module
 from trimtab.core.contracts import Adapter
 from trimtab.core.errors import NoMatch, NotMergeable, ShapeMismatch, TrimtabError, Unsupported, raise_all
 from trimtab.core.site import Site
@@ -95,10 +96,10 @@ def _moved(adapter: Adapter, target: Base, energy: float, report: Table) -> Adap
 
 
 def _weight(site: Site, target: Base) -> Tensor:
-    stored = target.value(site.path, site.tensor)
-    if stored is None:
+    parameter = find_module(target.root, site.path)._parameters.get(site.tensor)
+    if parameter is None:
         raise NoMatch(f"the target has no {site.path}.{site.tensor}; a projection needs the same places on both bases")
-    there, here = tuple(stored.shape), tuple(getattr(site.module, site.tensor).shape)
+    there, here = tuple(parameter.shape), tuple(site.parameter().shape)
     if there != here and site.rows is None:  # of a fused layer the adapter may know its rows alone
         raise ShapeMismatch(
             f"{site.path}.{site.tensor} is {there} in the target and {here} in the adapter's base; a projection needs equal ones, "

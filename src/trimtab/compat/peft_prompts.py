@@ -26,7 +26,7 @@ from trimtab.core.bank import shapes_only
 from trimtab.core.contracts import Adapter, MethodConfig
 from trimtab.core.errors import CheckpointMismatch, ShapeMismatch, Unsupported
 from trimtab.core.registry import get
-from trimtab.core.site import Cohort, Site, gathered
+from trimtab.core.site import Site, gathered
 from trimtab.core.stacks import key_value_widths, stacks
 
 __all__ = ["PROMPTS", "read_prompts", "write_prompts"]
@@ -102,10 +102,7 @@ def write_prompts(root: nn.Module, adapters: Sequence[Adapter], name: str) -> tu
 
 
 def _sites(root: nn.Module, method: MethodConfig) -> list[Site]:
-    sites = [site for _, site in plan_sites(root, method)]
-    for site in sites:
-        site.cohort = Cohort(list(sites))
-    return sites
+    return [site for _, site in plan_sites(root, method)]
 
 
 def _body(root: nn.Module, what: str) -> nn.Module:
