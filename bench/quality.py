@@ -237,6 +237,8 @@ def main() -> None:
         data = TASKS[args.task](train_rows=args.train_rows, **given)
         settings = {"task": args.task, "epochs": data.epochs, "train rows": len(data.splits["train"]), "rates": args.rates,
                     "batch": data.batch_size, "torch": torch.__version__}  # fmt: skip
+        if data.base is not None:
+            settings["base"] = data.base  # two bases differ by more than two methods
         if stored["methods"] and stored["settings"] != settings:
             raise SystemExit(f"{out} was measured with {stored['settings']}, not {settings}: give --out, or move it away")
         stored["settings"] = settings

@@ -9,7 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from trimtab.kernels.ring import collapse, even_shape, ring_apply, ring_factors, ring_gram, ring_matrix, transposed
+from trimtab.kernels.ring import (
+    collapse,
+    even_shape,
+    ring_apply,
+    ring_factors,
+    ring_gradients,
+    ring_gram,
+    ring_matrix,
+    transposed,
+)
 
 D = torch.float64
 
@@ -74,6 +83,24 @@ def test_gradients_of_the_application():
     A = [a.requires_grad_() for a in cores((2, 3, 2), (3, 2, 2), 2)]
     x = torch.randn(3, 12, dtype=D, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, *A: ring_apply(x, A), (x, *A))
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize(("rows", "columns"), [((2, 3, 4), (2, 3, 4)), ((2, 5), (3, 4)), ((2, 3, 2, 3), (3, 2, 2, 4))])
+def test_written_out_gradients_are_autograds(rank, rows, columns):
+    A = [a.requires_grad_() for a in cores(rows, columns, rank)]
+    x = torch.randn(7, math.prod(columns), dtype=D, requires_grad=True)
+    dy = torch.randn(7, math.prod(rows), dtype=D)
+    want = torch.autograd.grad(x @ ring_matrix(A).t(), [x, *A], dy)
+    dx, found = ring_gradients(x.detach(), [a.detach() for a in A], dy)
+    for one, other in zip(want, (dx, *found), strict=True):
+        torch.testing.assert_close(other, one)
+
+
+def test_sums_over_tokens_are_float32_in_half_precision():
+    A, x = [a.bfloat16() for a in cores((2, 3), (2, 3), 1)], torch.randn(9, 6).bfloat16()
+    dx, found = ring_gradients(x, A, torch.randn(9, 6).bfloat16())
+    assert dx.dtype == torch.bfloat16 and all(g.dtype == torch.float32 for g in found)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])

@@ -29,7 +29,7 @@ from trimtab.core.site import Operation, Site
 from trimtab.kernels.dropout import draw_seed, keep_rate, masks
 from trimtab.kernels.mode import compute_dtype, fused, if_learnt
 
-__all__ = ["KEEP", "down", "low_rank"]
+__all__ = ["KEEP", "down", "low_rank", "narrow"]
 
 KEEP = 16  # x A^T is kept where it is at most a sixteenth of x: making it again is a seventh of the update's work
 
@@ -121,6 +121,11 @@ def down(x: Tensor, a: Tensor, p: float, seed: int) -> Tensor:
     return u
 
 
+def narrow(G: Tensor, B: Tensor) -> Tensor:
+    """``G B``, (N, out) and (out, r), for small r: a CPU's BLAS is two to four times faster with B's columns one by one."""
+    return G @ (B if B.is_cuda else B.t().contiguous().t())
+
+
 def _kept(u: Tensor, r: int, width: int, needed: bool) -> Tensor | None:
     """The columns of ``u`` that the gradient of B needs, if they are few beside ``x``; else they are made again."""
     if not needed or r * KEEP > width:
@@ -135,7 +140,7 @@ def _gradients(
     a, b = factors[:2]
     A, B = _cast(x.dtype, *factors)
     r, (need_x, need_a, need_b) = a.shape[0], need
-    v = (G @ B).mul_(ctx.gain) if need_x or need_a else None
+    v = narrow(G, B).mul_(ctx.gain) if need_x or need_a else None
     if ctx.p == 0:
         if need_b and kept is None:
             kept = (x @ A[:r].t()).mul_(ctx.gain)

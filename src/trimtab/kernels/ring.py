@@ -16,7 +16,9 @@ from functools import cache, reduce
 import torch
 from torch import Tensor
 
-__all__ = ["collapse", "even_shape", "ring_apply", "ring_factors", "ring_gram", "ring_matrix", "transposed"]
+__all__ = [
+    "collapse", "even_shape", "ring_apply", "ring_factors", "ring_gradients", "ring_gram", "ring_matrix", "transposed",
+]  # fmt: skip
 
 
 def ring_matrix(cores: Sequence[Tensor]) -> Tensor:
@@ -36,26 +38,60 @@ def ring_apply(x: Tensor, cores: Sequence[Tensor]) -> Tensor:
     """``T x`` for ``x`` (..., prod J_d): (..., prod I_d), by differentiable operations; tokens are adjacent in memory."""
     # by way of one axis: its gradient then is contiguous; torch.compile is wrong on the strides of a layer norm's otherwise
     flat = x.reshape(-1).view(math.prod(x.shape[:-1]), x.shape[-1])
-    y = reduce(torch.add, (_opened(flat, cores, a) for a in range(cores[0].shape[2]))).t()
+    width = math.prod(core.shape[0] for core in cores)
+    y = reduce(torch.add, (_product(*_stages(flat, parts)[-1]).reshape(width, len(flat)) for parts in _cuts(cores))).t()
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[1])
 
 
-def _opened(x: Tensor, cores: Sequence[Tensor], a: int) -> Tensor:
-    """``T x`` of the ring cut at the index ``a`` between its last and its first core: (prod I_d, tokens)."""
+def ring_gradients(x: Tensor, cores: Sequence[Tensor], dy: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Gradients of ``x`` (tokens, prod J_d) and of the cores, from ``dy`` (tokens, prod I_d) of ``T x``; no graph.
+
+    With ``h_D = x`` and ``h_{d-1} = A^d h_d``: ``dA^d = sum g_{d-1} h_d^T`` and ``g_d = (A^d)^T g_{d-1}``; the last product of
+    all, ``h_0 = T x``, is not made again. Sums over tokens are at least float32.
+    """
+    end, dx = dy.t().contiguous(), None
+    sums = [torch.zeros_like(core, dtype=torch.promote_types(core.dtype, torch.float32)) for core in cores]
+    for into, parts in zip(_cuts(sums), _cuts(cores), strict=True):
+        g = end
+        for total, (matrix, h) in zip(into, reversed(_stages(x, parts)), strict=True):
+            i, j, left, right = total.shape
+            g = g.reshape(h.shape[0], left * i, h.shape[2])
+            total += torch.bmm(g, h.transpose(1, 2)).sum(0, dtype=total.dtype).view(left, i, j, right).permute(1, 2, 0, 3)
+            g = _product(matrix.t(), g)
+        g = g.view(x.shape[1], x.shape[0])
+        dx = g if dx is None else dx.add_(g)
+    return dx.t(), sums
+
+
+def _cuts(cores: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The ring opened before its first core at each of the R values of the index there: ``T`` is the sum of these chains."""
+    cuts = []
+    for a in range(cores[0].shape[2]):
+        parts = list(cores)
+        parts[-1] = parts[-1][:, :, :, a : a + 1]
+        parts[0] = parts[0][:, :, a : a + 1]
+        cuts.append(parts)
+    return cuts
+
+
+def _stages(x: Tensor, parts: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Each core of a chain, the last one first: its matrix (left I, J right), and what that acts on (batch, J right, columns)."""
     tokens, batch = x.shape
-    done, last = 1, len(cores) - 1
+    size, columns = parts[-1].shape[1], tokens
     # the last core reads x as it lies, as the transposed operand of its products: no copy of x
-    h = x.reshape(tokens, batch // cores[last].shape[1], cores[last].shape[1]).permute(1, 2, 0)
-    for d in range(last, -1, -1):
-        core = cores[d][:, :, :, a : a + 1] if d == last else cores[d]
-        core = core[:, :, a : a + 1] if d == 0 else core
-        i, j, left, right = core.shape
+    h, stages = x.reshape(tokens, batch // size, size).permute(1, 2, 0), []
+    for part in reversed(parts):
+        i, j, left, right = part.shape
         batch //= j
-        matrix = core.permute(2, 0, 1, 3).reshape(left * i, j * right)
-        # bmm, since matmul would fold the batch into a transposed copy where gradients flow
-        h = torch.bmm(matrix.expand(batch, *matrix.shape), h.reshape(batch, j * right, done * tokens))
-        done *= i
-    return h.reshape(done, tokens)
+        h = (_product(*stages[-1]) if stages else h).reshape(batch, j * right, columns)
+        stages.append((part.permute(2, 0, 1, 3).reshape(left * i, j * right), h))
+        columns *= i
+    return stages
+
+
+def _product(matrix: Tensor, h: Tensor) -> Tensor:
+    # bmm, since matmul would fold the batch into a transposed copy where gradients flow
+    return torch.bmm(matrix.expand(h.shape[0], *matrix.shape), h)
 
 
 def ring_factors(left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

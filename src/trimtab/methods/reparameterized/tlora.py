@@ -28,7 +28,16 @@ from trimtab.core.errors import NoMatch, ShapeMismatch, Unsupported
 from trimtab.core.registry import method
 from trimtab.core.site import Operation, Site
 from trimtab.kernels.lowrank import low_rank
-from trimtab.kernels.ring import collapse, even_shape, ring_apply, ring_factors, ring_gram, ring_matrix, transposed
+from trimtab.kernels.ring import (
+    collapse,
+    even_shape,
+    ring_apply,
+    ring_factors,
+    ring_gradients,
+    ring_gram,
+    ring_matrix,
+    transposed,
+)
 from trimtab.kernels.turned import Parts, turned
 
 __all__ = ["TLoRA", "TLoRAAdapter", "transform_penalty"]
@@ -128,7 +137,19 @@ class _Rings(Parts):
         z, rest = ring_apply(x, prepared[: self.cores]), prepared[self.cores :]
         if self.residual is None:
             return z, None
-        return z, self.scale * ring_apply(x, rest) if self.residual == "ttm" else x @ rest[0].t()
+        return z, self.scale * ring_apply(x, rest) if self.residual == "ttm" else self.beside(x, *prepared)
+
+    def gradients(self, x: Tensor, prepared: Sequence[Tensor], dz: Tensor, du: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        (dx, found), rest = ring_gradients(x, prepared[: self.cores], dz), prepared[self.cores :]
+        if self.residual is None:
+            return dx, found
+        if self.residual == "ttm":
+            more, others = ring_gradients(x, rest, self.scale * du)
+            return dx.add_(more), found + others
+        return torch.addmm(dx, du, rest[0]), [*found, du.t() @ x]
+
+    def beside(self, x: Tensor, *prepared: Tensor) -> Tensor:
+        return x @ prepared[-1].t()
 
 
 def _thin(residual: str, b: Sequence[Tensor], c: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
