@@ -24,6 +24,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -126,16 +127,34 @@ def beyond(search: list[dict[str, Any]], step: float) -> list[float]:
     return [float(f"{best / step:.3g}")] if best == min(tried) else []
 
 
-def measure(name: str, data: TaskData, args: argparse.Namespace, entry: dict[str, Any], save: Callable[[], None]) -> None:
-    """Fill ``entry`` with what it lacks: the search, then the seeds at its best rate."""
-    span = BASELINES[name] if name in BASELINES else tt.get(name).learning_rate
+def span(name: str) -> tt.Span:
+    """The range of learning rates that the method's config states, or a base line's."""
+    return BASELINES[name] if name in BASELINES else tt.get(name).learning_rate
+
+
+def measure(
+    row: str,
+    span: tt.Span,
+    train: Callable[[float, int], dict[str, Any]],
+    args: argparse.Namespace,
+    entry: dict[str, Any],
+    save: Callable[[], None],
+) -> None:
+    """Fill ``entry`` with what it lacks: the search, then the seeds at its best rate.
+
+    Args:
+        row: its name, for the progress.
+        train: one run from its rate and seed.
+        args: ``rates``, ``beyond`` and ``seeds``.
+        save: called after every run.
+    """
     try:
         planned = rates(span, args.rates)
         while planned:
             rate = planned.pop(0)
-            if all(row["rate"] != rate for row in entry["search"]):
-                entry["search"].append(run(name, data, rate, 0))
-                print(f"{name}: {entry['search'][-1]}", flush=True)
+            if all(done["rate"] != rate for done in entry["search"]):
+                entry["search"].append(train(rate, 0))
+                print(f"{row}: {entry['search'][-1]}", flush=True)
                 save()
             if not planned and len(entry["search"]) < args.rates + args.beyond:
                 planned = beyond(entry["search"], (span.high / span.low) ** (1 / args.rates))
@@ -143,11 +162,11 @@ def measure(name: str, data: TaskData, args: argparse.Namespace, entry: dict[str
         entry["does not fit"] = str(error)
         return save()
     best = best_of(entry["search"])
-    entry["final"] = [row for row in entry["final"] if row["rate"] == best["rate"]] or [best]
+    entry["final"] = [done for done in entry["final"] if done["rate"] == best["rate"]] or [best]
     for seed in range(1, args.seeds):
-        if all(row["seed"] != seed for row in entry["final"]):
-            entry["final"].append(run(name, data, best["rate"], seed))
-            print(f"{name}: {entry['final'][-1]}", flush=True)
+        if all(done["seed"] != seed for done in entry["final"]):
+            entry["final"].append(train(best["rate"], seed))
+            print(f"{row}: {entry['final'][-1]}", flush=True)
             save()
     return None
 
@@ -257,7 +276,7 @@ def main() -> None:
             entry = stored["methods"].setdefault(name, {"search": [], "final": []})
             if name in data.settings:
                 entry["settings"] = {key: repr(value) for key, value in data.settings[name].items()}
-            measure(name, data, args, entry, save)
+            measure(name, span(name), partial(run, name, data), args, entry, save)
     show(stored["methods"], args.task)
 
 

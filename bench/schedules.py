@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 import trimtab as tt
 from overhead import build
-from quality import against, best_of, beyond, rates, run, summary
+from quality import against, measure, run, span, summary
 from quality_tasks import Supersense
 from trimtab.core.account import saved_bytes
 from trimtab.core.table import Table
@@ -148,23 +148,9 @@ def accuracy(args: argparse.Namespace, stored: dict[str, Any], save: Callable[[]
         stored["LoRA"] = json.loads(known.read_text("utf-8"))["methods"]["LoRA"]
     for row in [name.strip() for name in args.rows.split(";") if name.strip()] or ROWS:
         method, make = ROWS[row]
-        entry, span = stored.setdefault(row, {"search": [], "final": []}), tt.get(method).learning_rate
-        planned = rates(span, args.rates)
-        while planned:
-            rate = planned.pop(0)
-            if all(done["rate"] != rate for done in entry["search"]):
-                entry["search"].append(run(method, data, rate, 0, make()))
-                print(f"{row}: {entry['search'][-1]}", flush=True)
-                save()
-            if not planned and len(entry["search"]) < args.rates + args.beyond:
-                planned = beyond(entry["search"], (span.high / span.low) ** (1 / args.rates))
-        best = best_of(entry["search"])
-        entry["final"] = [done for done in entry["final"] if done["rate"] == best["rate"]] or [best]
-        for seed in range(1, args.seeds):
-            if all(done["seed"] != seed for done in entry["final"]):
-                entry["final"].append(run(method, data, best["rate"], seed, make()))
-                print(f"{row}: {entry['final'][-1]}", flush=True)
-                save()
+        entry = stored.setdefault(row, {"search": [], "final": []})
+        train = lambda rate, seed, m=method, make=make: run(m, data, rate, seed, make())  # noqa: E731
+        measure(row, span(method), train, args, entry, save)
 
 
 def show(stored: dict[str, Any]) -> None:
