@@ -148,6 +148,7 @@ def measure(
         args: ``rates``, ``beyond`` and ``seeds``.
         save: called after every run.
     """
+    entry.pop("does not fit", None)
     try:
         planned = rates(span, args.rates)
         while planned:
