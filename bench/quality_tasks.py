@@ -153,7 +153,12 @@ class Fashion(TaskData):
 
     held_out, tuned = (1, 5, 7, 8, 9), (0, 2, 3, 4, 6)
     train_images, validation_images = 1000, 1000
-    settings: ClassVar = {"TLoRA": {"order": 3}, "Consolidator": {"groups": 128}, "S2FT": {"ratio": 0.05}}
+    settings: ClassVar = {
+        "TLoRA": {"order": 3},
+        "Consolidator": {"groups": 128},
+        "S2FT": {"ratio": 0.05},
+        "PromptTuning": {"init": "normal"},
+    }
 
     def __init__(self, epochs: int = 10, batch_size: int = 32, train_rows: int | None = None):
         super().__init__("fashion", epochs, batch_size, head="classifier")
