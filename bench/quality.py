@@ -127,7 +127,7 @@ def beyond(search: list[dict[str, Any]], step: float) -> list[float]:
     return [float(f"{best / step:.3g}")] if best == min(tried) else []
 
 
-def span(name: str) -> tt.Span:
+def rate_span(name: str) -> tt.Span:
     """The range of learning rates that the method's config states, or a base line's."""
     return BASELINES[name] if name in BASELINES else tt.get(name).learning_rate
 
@@ -277,7 +277,7 @@ def main() -> None:
             entry = stored["methods"].setdefault(name, {"search": [], "final": []})
             if name in data.settings:
                 entry["settings"] = {key: repr(value) for key, value in data.settings[name].items()}
-            measure(name, span(name), partial(run, name, data), args, entry, save)
+            measure(name, rate_span(name), partial(run, name, data), args, entry, save)
     show(stored["methods"], args.task)
 
 

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 import trimtab as tt
 from overhead import build
-from quality import against, measure, run, span, summary
+from quality import against, measure, rate_span, run, summary
 from quality_tasks import Supersense
 from trimtab.core.account import saved_bytes
 from trimtab.core.table import Table
@@ -150,7 +150,7 @@ def accuracy(args: argparse.Namespace, stored: dict[str, Any], save: Callable[[]
         method, make = ROWS[row]
         entry = stored.setdefault(row, {"search": [], "final": []})
         train = lambda rate, seed, m=method, make=make: run(m, data, rate, seed, make())  # noqa: E731
-        measure(row, span(method), train, args, entry, save)
+        measure(row, rate_span(method), train, args, entry, save)
 
 
 def show(stored: dict[str, Any]) -> None:

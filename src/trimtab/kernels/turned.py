@@ -36,11 +36,11 @@ class Parts:
         raise NotImplementedError
 
     def gradients(self, x: Tensor, prepared: Sequence[Tensor], dz: Tensor, du: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        """Gradients of ``x`` and of ``prepared`` (at least float32) from those of ``(z, u)``, without a graph."""
+        """Gradients of ``x`` and of ``prepared`` from those of ``(z, u)``, without a graph."""
         raise NotImplementedError
 
     def beside(self, x: Tensor, *prepared: Tensor) -> Tensor:
-        """``u`` of ``make`` alone; asked for where there is a ``b``."""
+        """``u`` of ``make`` alone; asked for where there is a ``b`` that learns."""
         raise NotImplementedError
 
 
@@ -82,7 +82,7 @@ class _Turned(torch.autograd.Function):
         ctx.save_for_backward(if_learnt(x, ctx.needs_input_grad[5:]), W, *params)
         ctx.parts, ctx.dtype, ctx.bias_dtype = parts, dtype, None if bias is None else bias.dtype
         b, prepared = parts.prepare(*(p.to(dtype) for p in params))
-        flat, Wt = x.reshape(-1, x.shape[-1]).to(dtype), W.to(dtype).t()
+        flat, Wt, bias = x.reshape(-1, x.shape[-1]).to(dtype), W.to(dtype).t(), None if bias is None else bias.to(dtype)
         y = flat.new_empty(flat.shape[0], W.shape[0])
         for run in _runs(flat):
             z, u = parts.make(flat[run], *prepared)
@@ -93,7 +93,7 @@ class _Turned(torch.autograd.Function):
             else:
                 torch.mm(u, b.t(), out=y[run]).addmm_(z, Wt)
             if bias is not None:
-                y[run] += bias.to(dtype)
+                y[run] += bias
         return y.view(*x.shape[:-1], W.shape[0])
 
     @staticmethod
@@ -138,13 +138,15 @@ def _gradients(
         b, prepared = ctx.parts.prepare(*leaves)
     thin = [t.detach() for t in prepared]
     gx = torch.empty_like(flat) if needs[0] else None
-    *sums, gb = (None if t is None else torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in (*thin, b))
+    wide = torch.promote_types(ctx.dtype, torch.float32)  # sums over runs of tokens
+    sums = [torch.zeros_like(t, dtype=wide) for t in thin]
+    gb = torch.zeros_like(b, dtype=wide) if b is not None and b.requires_grad else None
     for run in _runs(flat):
         part, end = flat[run], None if dy is None else dy[run]
         back, found = ctx.parts.gradients(part, thin, dz(run), end if b is None else narrow(end, b.detach()))
         if gx is not None:
             gx[run] = back
-        if b is not None:
+        if gb is not None:
             gb += (ctx.parts.beside(part, *thin).t() @ end).t()  # ten times faster than with ``end`` transposed
         for total, more in zip(sums, found, strict=True):
             total += more
