@@ -77,7 +77,7 @@ class Filling:
         """An adapter at ``site`` with these tensors, in any shape of as many numbers; ``keys`` of the file are then used."""
         try:
             type(config).adapter_class.check(config, site)
-            adapter = shapes_only(config, site, self._rng)
+            adapter = shapes_only(config, site, self._rng, {key: tuple(value.shape) for key, value in tensors.items()})
         except TrimtabError as error:
             self.problems.append(error)
             return
