@@ -20,6 +20,7 @@ from trimtab.artifacts.rules import rule_entry
 from trimtab.artifacts.saved import class_of, open_saved
 from trimtab.artifacts.shards import Staging
 from trimtab.artifacts.updates import effects_of, whole_value
+from trimtab.compat.model_config import config_class
 from trimtab.compat.pretrained import Pretrained
 from trimtab.core.errors import CheckpointMismatch, NotMergeable, TrimtabError, raise_all
 from trimtab.core.host import BiasOf
@@ -155,9 +156,7 @@ def _place(work: Merge, tensor: MergedTensor, untie: bool) -> list[TrimtabError]
 
 def _check_untied(base: Pretrained, tensors: list[MergedTensor]) -> None:
     """Whether the config can say that the tensors are not tied."""
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(base.folder, tie_word_embeddings=False)
+    config = config_class(base.folder, tie_word_embeddings=False)
     with torch.device("meta"):
         model = type(base.model)(config)
     parameters = dict(model.named_parameters(remove_duplicate=False))
