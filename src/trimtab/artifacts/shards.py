@@ -112,13 +112,17 @@ class Staging:
         self.done[file] = rows
         self._put(PROGRESS, {"job": self.job, "done": self.done})
 
-    def finish(self, source: Path, outputs: Sequence[Output], config: dict[str, Any], record: dict[str, Any]) -> None:
+    def finish(
+        self, source: Path, outputs: Sequence[Output], config: dict[str, Any], record: dict[str, Any],
+        check: Callable[[Path], None],
+    ) -> None:  # fmt: skip
         """Copy all that is no weight, write index, config and record, and move the folder to its place.
 
         Args:
             source: the base's folder.
             config: changes of ``config.json``; None takes a key out.
             record: what ``trimtab_merge.json`` holds.
+            check: looks at the folder before it gets its name, and raises if it is not to have it.
         """
         for entry in sorted(source.iterdir()):
             if entry.is_file() and not entry.name.endswith(_WEIGHTS) and not entry.name.startswith((".", "README")):
@@ -134,6 +138,7 @@ class Staging:
                 metadata["total_parameters"] = sum(math.prod(e.shape) for e in written)
             self._put(INDEX, {"metadata": metadata, "weight_map": {o.name: o.file for o in sorted(outputs, key=lambda o: o.name)}})
         self._put(RECORD, {"trimtab": __version__, **record})
+        check(self.folder)
         for file in self.folder.iterdir():
             sync(file)
         (self.folder / PROGRESS).unlink(missing_ok=True)

@@ -125,8 +125,10 @@ class ForeignFormat:
         """Name, adapters with shapes only, and their tensors."""
         raise NotImplementedError
 
-    def load(self, root: nn.Module, path: Path, *, name: str | None, trainable: bool, active: bool | None) -> str:
-        """Attach what ``path`` holds."""
+    def load(
+        self, root: nn.Module, path: Path, *, name: str | None, trainable: bool, active: bool | None, check_base: bool = True
+    ) -> str:
+        """Attach what ``path`` holds; such a file tells nothing of its base's values."""
         own, adapters, values = self.read(root, path, trainable=trainable)
         return install(root, adapters, values, name=name or own, trainable=trainable, active=active, source=str(path))
 

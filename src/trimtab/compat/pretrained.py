@@ -86,6 +86,7 @@ class Pretrained:
         files: headers of the weights' files.
         where: a tensor's name -> the file that has it.
         dtype: of the model's activations and dense weights.
+        ties: names of the model's parameters that share a tensor, together.
         codec, parts: of a quantised checkpoint, its weights' names -> the names of their tensors in the files.
     """
 
@@ -105,7 +106,7 @@ class Pretrained:
         self.parts = self.codec.parts(self.files) if self.codec else {}
         apart = {key for name, keys in self.parts.items() for key in keys if key != name}
         self.names = WeightNames(self.model, [key for key in [*self.where, *(self.parts.keys() - self.where)] if key not in apart])
-        self._ties = [names for names in parameter_users(self.model).values() if len(names) > 1]
+        self.ties = [names for names in parameter_users(self.model).values() if len(names) > 1]
         self._last: tuple[Group, dict[str, Tensor]] | None = None
 
     # -- modules
@@ -167,7 +168,7 @@ class Pretrained:
     def parameter_names(self, path: str, tensor: str) -> list[str]:
         """The names, in the model, of the parameter at a path of ``root``: its own first, then those tied to it."""
         name = ".".join(filter(None, (path, tensor))).removeprefix(self.prefix)
-        return [name, *(other for tied in self._ties if name in tied for other in tied if other != name)]
+        return [name, *(other for tied in self.ties if name in tied for other in tied if other != name)]
 
     def group(self, path: str, tensor: str) -> Group | None:
         """The tensors of the checkpoint that fill a parameter, or one tied to it; None if there are none."""

@@ -59,7 +59,7 @@ def save(model: nn.Module, path: str | os.PathLike, *, name: str | None = None, 
         _refuse_bad(tensors_of(group))
         cut.refuse(root, f"the format {format!r}")
         return _format(format).save(root, Path(path), group.name)
-    sample = fingerprint.take(root, [adapter.site for adapter in group.adapters])
+    sample = fingerprint.take(root, group.adapters)
     return save_group(group, Path(path), base=sample, **cut.entry(root))
 
 
@@ -110,7 +110,7 @@ def load(
     if not (folder / MANIFEST).exists():
         for other in formats().values():
             if other.test(folder):
-                return other.load(root, folder, name=name, trainable=trainable, active=active)
+                return other.load(root, folder, name=name, trainable=trainable, active=active, check_base=check_base)
     manifest = read_manifest(folder)
     tensors = read_tensors(folder, manifest)
     name = name or manifest["name"]
