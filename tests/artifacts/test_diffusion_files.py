@@ -75,8 +75,8 @@ def test_lokr_of_any_split(name, o1, i1, rank, both, tmp_path) -> None:
 
 
 def test_an_odd_split_is_never_written_as_another_one_for_peft(tmp_path) -> None:
-    """peft makes the sizes again from one factor, and 32 x 6 is none of its splits."""
-    parts, expected = pieces(32, 6, 2, 8, None)
+    """peft makes the sizes again from one factor, and 2 x 4 is none of its splits."""
+    parts, expected = pieces(2, 4, 32, 12, None)
     file = kohya(tmp_path, {"lycoris_fc": parts})
     with pytest.raises(tt.Unsupported, match="cannot be written for peft"):
         tt.convert(file, tmp_path / "p", to="peft", base=Wide())
@@ -131,7 +131,7 @@ def test_differences_are_added_to_weights_and_biases(through, tmp_path) -> None:
     model = Normed()
     tt.load(model, source)
     torch.testing.assert_close(model(x), expected(x), atol=1e-5, rtol=1e-4)
-    tt.merge(model, permanent=True)
+    tt.merge(model, "style", permanent=True)
     torch.testing.assert_close(model(x), expected(x), atol=1e-5, rtol=1e-4)
 
 
@@ -276,7 +276,9 @@ def test_fused_projections_of_flux_are_several_modules_of_diffusers(style, dora,
     fused = {
         "double_blocks.0.img_attn.qkv": [f"transformer_blocks.0.attn.to_{x}" for x in "qkv"],
         "double_blocks.0.txt_attn.qkv": [f"transformer_blocks.0.attn.add_{x}_proj" for x in "qkv"],
-        "single_blocks.0.linear1": [*(f"single_transformer_blocks.0.attn.to_{x}" for x in "qkv"), "single_transformer_blocks.0.proj_mlp"],
+        "single_blocks.0.linear1": [
+            *(f"single_transformer_blocks.0.attn.to_{x}" for x in "qkv"), "single_transformer_blocks.0.proj_mlp",
+        ],
         "single_blocks.0.linear2": ["single_transformer_blocks.0.proj_out"],
         "double_blocks.0.img_mod.lin": ["transformer_blocks.0.norm1.linear"],
         "double_blocks.0.img_attn.proj": ["transformer_blocks.0.attn.to_out.0"],
@@ -285,7 +287,7 @@ def test_fused_projections_of_flux_are_several_modules_of_diffusers(style, dora,
     base, files = Flux(), {}
     for name, paths in fused.items():
         rows = sum(base.get_submodule(p).out_features for p in paths)
-        key = style.format(name.replace(".", "_") if "{}" in style[-3:] and "_{}" in style else name)
+        key = style.format(name.replace(".", "_") if style.startswith("lora_") else name)
         files[name] = (key, low(rows, base.get_submodule(paths[0]).in_features, 2, 3.0))
         if dora:
             files[name][1]["dora_scale"] = draw(rows, 1).abs() + 0.5
@@ -320,15 +322,15 @@ def test_text_encoders(style, tmp_path) -> None:
         return CLIPTextModel(CLIPTextConfig(**sizes))
 
     layer = "text_model.encoder.layers.1.self_attn"
-    down, up = {
-        "kohya": ("lora_te1_{f}_q_proj.lora_down.weight", "lora_te1_{f}_q_proj.lora_up.weight"),
-        "lora_linear_layer": ("text_encoder.{p}.q_proj.lora_linear_layer.down.weight", "text_encoder.{p}.q_proj.lora_linear_layer.up.weight"),
-        "peft": ("text_encoder.{p}.q_proj.lora_A.weight", "text_encoder.{p}.q_proj.lora_B.weight"),
-        "old": ("text_encoder.{p}.to_q_lora.down.weight", "text_encoder.{p}.to_q_lora.up.weight"),
-    }[style]  # fmt: skip
+    module, down, up = {
+        "kohya": ("lora_te1_{f}_q_proj", "lora_down", "lora_up"),
+        "lora_linear_layer": ("text_encoder.{p}.q_proj", "lora_linear_layer.down", "lora_linear_layer.up"),
+        "peft": ("text_encoder.{p}.q_proj", "lora_A", "lora_B"),
+        "old": ("text_encoder.{p}.to_q_lora", "down", "up"),
+    }[style]
     factors = low(12, 12, 2, None)
-    names = {"p": layer, "f": layer.replace(".", "_")}
-    stored = {down.format(**names): factors["lora_down.weight"], up.format(**names): factors["lora_up.weight"]}
+    module = module.format(p=layer, f=layer.replace(".", "_"))
+    stored = {f"{module}.{down}.weight": factors["lora_down.weight"], f"{module}.{up}.weight": factors["lora_up.weight"]}
     save_file(stored, tmp_path / "x.safetensors")
     model = make()
     tt.load(model, tmp_path / "x.safetensors")
@@ -351,3 +353,56 @@ def test_files_for_several_models_and_tensors_of_peft(tmp_path) -> None:
     with pytest.raises(tt.CheckpointMismatch, match=r"peft.*give its folder"):
         tt.load(Unet(), tmp_path / "adapter_model.safetensors")
     assert CONV in dict(model.named_modules())
+
+
+@pytest.mark.parametrize("verb", ["load", "inspect", "convert", "command"])
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("x.txt", b"hello", "starts with b'hello'"),
+        ("x.gguf", b"GGUF\3\0\0\0", "it is a GGUF file"),
+        ("x", b"", "it is empty"),
+        ("manifest.json", b"{}", "is a part of an adapter"),
+        ("adapter_config.json", b"{}", "is a part of an adapter"),
+        ("x.safetensors", "tensors", "names are those of no adapter"),
+        ("x.safetensors", b"\xff" * 20, "no safetensors file"),
+        ("x.bin", b"\x80\x02}q\x00.", "cannot be read|no file of named tensors|no known adapter"),
+        ("none", None, "does not exist"),
+        ("folder", "folder", r"holds no trimtab adapter: there is no manifest.json \(found: nothing\)"),
+        ("pipe", "pipe", "it is a pipe"),
+    ],
+)  # fmt: skip
+def test_what_is_no_adapter_is_named(verb, name, content, match, tmp_path) -> None:
+    import os
+
+    from trimtab.cli.inspect import command
+    from trimtab.core.checkpoint import inspect
+
+    path = tmp_path / name
+    if content == "tensors":
+        save_file({"model.norm.weight": torch.ones(3)}, path)
+    elif content == "folder":
+        path.mkdir()
+    elif content == "pipe":
+        os.mkfifo(path)
+    elif content is not None:
+        path.write_bytes(content)
+    act = {
+        "load": lambda: tt.load(Unet(), path), "inspect": lambda: inspect(path), "command": lambda: command(path),
+        "convert": lambda: tt.convert(path, tmp_path / "o"),
+    }  # fmt: skip
+    with pytest.raises(tt.CheckpointMismatch, match=match):
+        act[verb]()
+
+
+def test_options_of_a_format_are_said_to_load_too(tmp_path) -> None:
+    factors = low(12, 12, 2, 1.0)
+    two = kohya(tmp_path, {flat(Q): factors, "lora_te_encoder_layers_0_q": factors})
+    model = Unet()
+    tt.load(model, two, part="lora_unet")
+    torch.testing.assert_close(update(model, Q), product(factors, 0.5))
+    with pytest.raises(tt.Unsupported, match="of the format kohya, of which prt cannot be said; nearest: part"):
+        tt.load(Unet(), two, prt="lora_unet")
+    tt.save(model, tmp_path / "own")
+    with pytest.raises(tt.Unsupported, match="is trimtab's own; part cannot be said of it"):
+        tt.load(Unet(), tmp_path / "own", part="lora_unet")

@@ -221,7 +221,8 @@ def test_the_scale_is_alpha_over_rank_whatever_the_notes_say(notes, tmp_path) ->
 def test_what_does_not_fit_is_listed(tmp_path) -> None:
     good = low(12, 12, 2, 1.0)
     with pytest.raises(tt.CheckpointMismatch) as caught:
-        tt.load(Unet(), kohya(tmp_path, {flat(Q): good | {"oft_blocks": draw(12)}, flat(CONV): {"lora_up.weight": draw(12, 2, 1, 1)}}))
+        places = {flat(Q): good | {"oft_blocks": draw(12)}, flat(CONV): {"lora_up.weight": draw(12, 2, 1, 1)}}
+        tt.load(Unet(), kohya(tmp_path, places))
     text = re.sub(r" +", " ", str(caught.value))
     assert "used (3) missing (1) unused (2)" in text and f"{CONV}.lora_down.weight" in text and f"{flat(Q)}.oft_blocks" in text
     with pytest.raises(tt.NoMatch, match="acts on down_blocks_9_x, which this model does not have; nearest"):

@@ -97,6 +97,11 @@ class PeftFolder:
         return "default", *_Reader(root, folder, trainable).read()
 
     @staticmethod
+    def inspect(folder: Path) -> dict[str, Any]:
+        """Not possible: it has no manifest."""
+        raise Unsupported(f"{folder} is peft's, which is read here and not inspected; trimtab convert makes an adapter of it")
+
+    @staticmethod
     def places(folder: Path) -> list[dict[str, Any]]:
         """What low-rank factors tell of their places.
 
