@@ -51,7 +51,7 @@ def split_key(key: str) -> tuple[str, str] | None:
         down = "down" in (match["old"], match["text"]) or match["peft"] == "A"
         return match["name"].replace(".processor.", "."), "lora_down.weight" if down else "lora_up.weight"
     if match := _MAGNITUDE.fullmatch(key):
-        return match["name"], "dora_scale"
+        return match["name"], "lora_magnitude"
     match = _PLAIN.fullmatch(key)
     return (match["name"], match["factor"]) if match else None
 

@@ -23,6 +23,10 @@ from trimtab.kernels.divisors import factorization
 __all__ = ["Part", "Tensors", "missing_of", "parts_of", "rows_of"]
 
 Tensors = dict[str, Tensor]
+_COLUMNS = ("lora_down.weight", "lora_mid.weight", "alpha", "scalar", "hada_w1_b", "hada_w2_b")
+_ROWS = (
+    "lora_up.weight", "lora_magnitude", "dora_scale", "hada_w1_a", "hada_w2_a", "diff", "diff_b", "w_norm", "b_norm",
+)  # fmt: skip
 _ADDED = {"weight": ("diff", "w_norm"), "bias": ("diff_b", "b_norm")}
 
 
@@ -57,9 +61,9 @@ def rows_of(tensors: Tensors, first: int, last: int, total: int) -> Tensors:
     """
     cut = {}
     for key, value in tensors.items():
-        if key in ("lora_down.weight", "lora_mid.weight", "alpha", "scalar", "hada_w1_b", "hada_w2_b"):
+        if key in _COLUMNS:
             cut[key] = value
-        elif key in ("lora_up.weight", "dora_scale", "hada_w1_a", "hada_w2_a", "diff", "diff_b", "w_norm", "b_norm"):
+        elif key in _ROWS:
             if not value.dim() or value.shape[0] != total:
                 raise ShapeMismatch(f"{key} is {tuple(value.shape)}, and the modules that share its rows have {total}")
             cut[key] = value[first:last]
@@ -142,23 +146,28 @@ def _lora(tensors: Tensors, site: Site, scale: float | None) -> Part:
         down = torch.einsum("mn...,ni->mi...", middle, down.flatten(1))
     if down.shape[0] != rank:
         raise ShapeMismatch(f"lora_down.weight is {tuple(down.shape)} and lora_up.weight {tuple(up.shape)}: their ranks differ")
-    used = [k for k in ("lora_down.weight", "lora_up.weight", "lora_mid.weight", "alpha", "dora_scale", "scalar") if k in tensors]
+    names = ("lora_down.weight", "lora_up.weight", "lora_mid.weight", "lora_magnitude", "alpha", "dora_scale", "scalar")
+    used = [key for key in names if key in tensors]
     ours = {"a": down.flatten(1), "b": up.flatten(1)}
     alpha = _alpha(tensors, rank, scale)
-    if "dora_scale" not in tensors:
+    if "dora_scale" not in tensors and "lora_magnitude" not in tensors:
         return Part("weight", get("LoRA")(rank=rank, alpha=alpha), ours, used)
-    return Part("weight", get("DoRA")(rank=rank, alpha=alpha), ours | {"m": _row_norms(tensors["dora_scale"], site)}, used)
+    return Part("weight", get("DoRA")(rank=rank, alpha=alpha), ours | {"m": _row_norms(tensors, site)}, used)
 
 
-def _row_norms(scale: Tensor, site: Site) -> Tensor:
-    """The magnitudes of a decomposed weight, (out,); a vector, (out, 1...) as LyCORIS writes it, or (1, out, 1...) as peft does.
+def _row_norms(tensors: Tensors, site: Site) -> Tensor:
+    """The magnitudes of a decomposed weight, (out,): ``dora_scale`` (out, 1...) of LyCORIS, or peft's, which has any shape.
 
     Raises:
-        Unsupported: they are of the inputs, as LyCORIS has them by an option.
+        Unsupported: they are of the inputs, as LyCORIS has them by an option. ShapeMismatch: another number of them.
     """
     out = site.shape[0]
-    peft = scale.dim() == 4 and scale.shape[:2] == (1, out) and site.kind in ("conv", "grouped") and scale.shape[1] != site.shape[1]
-    if scale.numel() != out or not (scale.shape[0] == out or peft):
+    if "lora_magnitude" in tensors:  # always of the outputs; (1, out, 1...) on a convolution
+        if tensors["lora_magnitude"].numel() != out:
+            raise ShapeMismatch(f"the magnitudes are {tuple(tensors['lora_magnitude'].shape)}, and there are {out} outputs")
+        return tensors["lora_magnitude"].flatten()
+    scale = tensors["dora_scale"]
+    if scale.numel() != out or scale.dim() == 0 or scale.shape[0] != out:
         raise Unsupported(
             f"dora_scale of shape {tuple(scale.shape)} scales inputs, and DoRA scales the {out} outputs; merge it where it was made"
         )

@@ -38,7 +38,7 @@ VERSION = 1
 FORMATS: dict[str, Any] = {}
 
 
-def save(model: nn.Module, path: str | os.PathLike, *, name: str | None = None, format: str = "trimtab") -> Path:
+def save(model: nn.Module, path: str | os.PathLike, *, name: str | None = None, format: str = "trimtab", **options: Any) -> Path:
     """Write one adapter to the folder ``path``: ``manifest.json`` and one safetensors file; base weights never.
 
     The tensors are written first, under a name that holds their hash, then the manifest replaces the old one in one
@@ -46,7 +46,8 @@ def save(model: nn.Module, path: str | os.PathLike, *, name: str | None = None, 
 
     Args:
         name: the adapter; may be left out if there is one.
-        format: ``"trimtab"``, or ``"peft"`` for a folder that huggingface/peft loads.
+        format: ``"trimtab"``, or ``"peft"`` for a folder that huggingface/peft loads, or ``"diffusers"``.
+        options: of the format: ``base_name`` of peft's, ``component`` of diffusers'.
 
     Raises:
         NoMatch: no such adapter. Unsupported: unknown format, or a method the format cannot hold.
@@ -58,7 +59,9 @@ def save(model: nn.Module, path: str | os.PathLike, *, name: str | None = None, 
     if format != "trimtab":
         _refuse_bad(tensors_of(group))
         cut.refuse(root, f"the format {format!r}")
-        return _format(format).save(root, Path(path), group.name)
+        check_options(format, _format(format), options, Path(path), verb="save")
+        return _format(format).save(root, Path(path), group.name, **options)
+    check_options(format, None, options, Path(path))
     sample = fingerprint.take(root, group.adapters)
     return save_group(group, Path(path), base=sample, **cut.entry(root))
 

@@ -57,8 +57,8 @@ def _hint(path: Path) -> str:
     return f" (it starts with {head!r})"
 
 
-def check_options(kind: str, format: Any, options: Mapping[str, Any], path: Path) -> None:
-    """Whether a format's reader takes ``options``.
+def check_options(kind: str, format: Any, options: Mapping[str, Any], path: Path, *, verb: str = "read") -> None:
+    """Whether a format's reader, or its ``save``, takes ``options``.
 
     Raises:
         Unsupported: it does not know one of them.
@@ -67,8 +67,8 @@ def check_options(kind: str, format: Any, options: Mapping[str, Any], path: Path
         return
     if format is None:
         raise Unsupported(f"{path} is trimtab's own; {', '.join(options)} cannot be said of it")
-    common = ("root", "path", "folder", "trainable", "check_base")
-    known = [name for name in inspect.signature(format.read).parameters if name not in common]
+    common = ("root", "model", "path", "folder", "name", "trainable", "check_base")
+    known = [name for name in inspect.signature(getattr(format, verb)).parameters if name not in common]
     strange = [key for key in options if key not in known]
     if strange:
         said = f"{path} is of the format {kind}, of which {', '.join(strange)} cannot be said"
