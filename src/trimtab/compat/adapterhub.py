@@ -5,6 +5,7 @@
 trained without it, and their loader corrects that, as this one does. In a fused layer the factors of q, k and v stand one below
 the other. A bottleneck is ``<path>.adapters.<name>.adapter_down.0.{weight,bias}`` and ``adapter_up.{weight,bias}``; where it reads
 what it is added to, as Houlsby's does, it is ``tt.SeriesAdapter``; Pfeiffer's reads a norm of it and has no counterpart here.
+A prediction head in the same folder is read too (``adapterhub_head.py``).
 Facts: adapter-hub/adapters src/adapters/{loading,utils}.py, methods/{lora,modeling}.py, configuration/adapter_config.py.
 """
 
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trimtab.compat.adapterhub_head import read_head
 from trimtab.compat.foreign import Filling, ForeignFormat, read_tensors
 from trimtab.core.checkpoint import FORMATS
 from trimtab.core.contracts import Adapter
@@ -47,8 +49,10 @@ class AdapterHubFolder(ForeignFormat):
             return False
         return isinstance(config, dict) and "peft_type" not in config and isinstance(config.get("config"), dict)
 
-    def read(self, root: nn.Module, path: Path, *, trainable: bool = False) -> tuple[str, list[Adapter], dict[str, Tensor]]:
-        """See ``ForeignFormat``."""
+    def read(
+        self, root: nn.Module, path: Path, *, trainable: bool = False, head: bool = True
+    ) -> tuple[str, list[Adapter], dict[str, Tensor]]:
+        """See ``ForeignFormat``; ``head=False`` leaves out a prediction head that stands beside the adapter."""
         about = read_json(path / CONFIG)
         config, name = _method(about, path), str(about.get("name", "default"))
         file = next((path / f for f in FILES if (path / f).is_file()), None)
@@ -70,6 +74,8 @@ class AdapterHubFolder(ForeignFormat):
                 factors = {factor: stored[key] for factor, key in keys.items()}
                 put = _bottleneck if kind == "adapters" else _gain if config["composition_mode"] == "scale" else _lora
                 put(filling, site, config, factors, keys)
+        if head:
+            read_head(filling, path)
         return name, *filling.finish()
 
 

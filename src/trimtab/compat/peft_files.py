@@ -58,7 +58,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def others_config(folder: Path) -> bool:
     """Whether the config in ``folder`` is adapter-hub's, or stands beside torchtune's own file alone."""
-    if (folder / "adapter_model.pt").is_file() and not any((folder / name).is_file() for name in (TENSORS, PICKLE)):
+    if any(folder.glob("adapter_*.pt")) and not any((folder / name).is_file() for name in (TENSORS, PICKLE)):
         return True
     try:
         config = read_json(folder / CONFIG)
