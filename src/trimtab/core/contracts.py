@@ -48,6 +48,8 @@ class Span:
 class MethodConfig:
     """Base of all configs: a frozen dataclass with under ten fields; what a user writes as ``tt.LoRA(rank=8)``.
 
+    Once registered, values are checked against the fields' annotations (``core.fieldtypes``) before ``__post_init__`` runs.
+
     Class attributes:
         search: fields worth searching: for each either a tuple of choices, in order, or a ``Span``.
         learning_rate: where Adam's learning rate for this method's parameters is worth searching.
