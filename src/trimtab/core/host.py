@@ -22,6 +22,7 @@ from trimtab.core import flows
 from trimtab.core.acts import NOTHING, Acts, BiasOf, WeightOf, adapted_chain, by_weight, on_tensors, rows_of, value_of, whole_site
 from trimtab.core.calls import first_of, first_tensor, handed, replace_first, replace_output
 from trimtab.core.contracts import ActivationAdapter, Adapter, TokenAdapter
+from trimtab.core.noting import note
 from trimtab.core.reads import Reading, shown
 from trimtab.core.scope import Factor, Owner, Plan, plan_for
 from trimtab.core.site import CHILD
@@ -90,6 +91,10 @@ class Host(nn.Module):
         # nn.TransformerEncoderLayer's inference shortcut reads its children's weights past their forward, unless a hook
         # stands on a module below it; the host itself is never called, so this costs nothing
         self.register_forward_pre_hook(_no_shortcut)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # children are adapters, entered in ``_modules`` by ``slots``; one may be called "acts" or "owner" like an attribute
+        object.__setattr__(self, name, value)
 
     def __getstate__(self) -> dict:
         """Without the inside and what was read, which belong to the very module above it."""
@@ -180,6 +185,7 @@ class Host(nn.Module):
 
     def run(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         """The adapted forward of ``module``."""
+        note(self)
         plan = plan_for(self.owner)
         acting = self._duties(plan)
         if not acting:
@@ -283,7 +289,7 @@ class Host(nn.Module):
             return stored
         if stored is None and all(isinstance(e, BiasOf) and e.adapter.bias(None) is None for chain in chains for e in chain):
             return None
-        reading = Reading(stored, chains, self.factor(plan), refusal)
+        reading = Reading(self, stored, chains, self.factor(plan), refusal)
         return reading.value() if torch.compiler.is_compiling() else shown(reading, self.__dict__.setdefault("given", {}), tensor)
 
 

@@ -24,10 +24,12 @@ from torch.utils._pytree import tree_map
 
 from trimtab.core.acts import Effect, value_of
 from trimtab.core.errors import Unsupported
+from trimtab.core.noting import note
 from trimtab.core.site import is_quantised
 
 if TYPE_CHECKING:
     from trimtab.core.contracts import Adapter
+    from trimtab.core.host import Host
     from trimtab.core.scope import Factor
 
 __all__ = ["Adapted", "Reading", "shown"]
@@ -41,12 +43,13 @@ class Reading:
         chains: what acts on it.
         factor: of ``tt.scaled``.
         refusal: why there is no such value; None: there is one.
+        host: beneath the module.
     """
 
     def __init__(
-        self, stored: Tensor | None, chains: list[list[Effect]], factor: Factor | None = None, refusal: str | None = None
+        self, host: Host, stored: Tensor | None, chains: list[list[Effect]], factor: Factor | None, refusal: str | None
     ):
-        self.stored, self.chains, self.factor, self.refusal = stored, chains, factor, refusal
+        self.host, self.stored, self.chains, self.factor, self.refusal = host, stored, chains, factor, refusal
         #: what a gradient goes to, of the read that was given out
         self.leaves: list[Tensor] = []
 
@@ -60,6 +63,7 @@ class Reading:
         """The adapted value, with its graph if gradients are on."""
         if self.refusal is not None:
             raise Unsupported(self.refusal)
+        note(self.host)
         return value_of(self.chains, self.stored, self.factor)
 
     def adapters(self) -> list[Adapter]:

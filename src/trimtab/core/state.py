@@ -51,6 +51,8 @@ class ModelState:
     originals: dict[str, list[tuple[nn.Module, str, Tensor, bool]]] = field(default_factory=dict)
     #: the model as contexts know it
     owner: Owner = field(default_factory=Owner)
+    #: adapter name -> the configs whose flag its merge turned off, since it cut a tie
+    untied: dict[str, list[Any]] = field(default_factory=dict)
 
     def refresh(self) -> None:
         """Rewrite what acts at every host outside of contexts. Merged adapters act through the weights."""
