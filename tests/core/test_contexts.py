@@ -182,6 +182,24 @@ def test_tasks_of_one_thread_get_their_own(served) -> None:
         assert all(asyncio.run(everything()))
 
 
+def test_spans_belong_to_their_thread() -> None:
+    model = net().eval()
+    tt.attach(model, tt.ReFT(rank=2, last=1), targets="layers.1.down_proj", check_gradients=False)
+    shake(model)
+    stops = [torch.tensor([n, m]) for n in (2, 3, 4, 5) for m in (2, 3, 4, 5)]
+
+    def one(stop: Tensor) -> Tensor:
+        with torch.no_grad(), tt.spans(model, stop):
+            return model(IDS)
+
+    expected = [one(stop) for stop in stops]
+    with ThreadPoolExecutor(16) as pool:
+        for y, right in zip(pool.map(one, stops * 10), expected * 10, strict=True):
+            same(y, right)
+    with tt.spans(model, stops[0]):
+        assert copy.deepcopy(model)._trimtab_state.groups["default"].adapters[0].span is None
+
+
 def test_a_thread_sees_a_block_only_with_its_context(served) -> None:
     model, expected = served
     with torch.no_grad(), tt.disabled(model), ThreadPoolExecutor(1) as pool:

@@ -173,6 +173,7 @@ def test_what_a_read_says_of_itself_costs_no_product() -> None:
     assert told == (base.shape, base.dtype, base.device, 2, 144, 12, False, True, 12, None, base.layout)
     assert isinstance(w, nn.Parameter)
     assert model.past.weight is w
+    assert w.new_zeros(2).dtype == torch.ones(1).to(w).dtype == torch.empty_like(w).dtype == D
     assert w.requires_grad
     assert not made
     w.sum()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from trimtab.core.contracts import ActivationAdapter
 from trimtab.core.errors import NoMatch, Unsupported, nearest
 from trimtab.core.host import Host, adapted_chain, on_tensors
 from trimtab.core.routing import routes_of
-from trimtab.core.scope import Factor, Plan, changed, entered, present
+from trimtab.core.scope import Factor, Plan, changed, entered, present, within
 from trimtab.core.state import ModelState, adapter_group, host, resolve_names, state_of, trainable_parameters, unwrap
 from trimtab.core.table import Table
 
@@ -54,10 +53,9 @@ def _check_names(state: ModelState, names: Sequence[str]) -> None:
 
 def _naming(state: ModelState, names: Sequence[str]) -> Plan:
     """The plan in which ``names`` act, under the factors that hold now."""
-    outer = present(state.owner)
     beside = state.unmerged(names)
     acts = {path: host(module).acts_of(beside) for path, module in state.hosts.items()} if beside else {}
-    return Plan(names=tuple(names), acts=acts, factors=None if outer is None else outer.factors)
+    return within(state.owner, names=tuple(names), acts=acts, routes=None)
 
 
 @contextmanager
@@ -94,8 +92,7 @@ def routed(model: nn.Module, names: Sequence[str | Sequence[str] | None]) -> Ite
     merged = [g.name for g in state.groups.values() if g.merged]
     if merged:
         raise Unsupported(f"{merged[0]!r} is merged into the base, so rows cannot choose; tt.unmerge it first")
-    outer = present(state.owner)
-    with entered(state.owner, Plan(routes=routes_of(state, rows), factors=None if outer is None else outer.factors)):
+    with entered(state.owner, within(state.owner, names=None, acts=None, routes=routes_of(state, rows))):
         yield
 
 
@@ -123,8 +120,7 @@ def scaled(model: nn.Module, factors: Mapping[str, float | Tensor]) -> Iterator[
         value = torch.as_tensor(factor, device=device, dtype=torch.float32)
         found[path] = Factor(value, isinstance(factor, Tensor) or factor != 1)
     owner = state_of(model).owner
-    outer = present(owner)
-    with entered(owner, Plan(factors=found) if outer is None else replace(outer, factors=found)):
+    with entered(owner, within(owner, factors=found)):
         yield
 
 

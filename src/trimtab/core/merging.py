@@ -140,7 +140,8 @@ def unmerge(model: nn.Module, name: str) -> None:
 
 def _refuse_contexts(state: ModelState) -> None:
     """What acts in a block was settled when it began; a write into the base would come on top of it."""
-    if state.owner.open or present(state.owner) is not None:
+    plan = present(state.owner)
+    if state.owner.open or (plan is not None and (plan.acts is not None or plan.factors is not None)):
         kind = "tt.routed" if state.owner.open else "tt.disabled or tt.scaled"
         raise NotMergeable(f"a block of {kind} is open on this model, here or in another thread; merge and unmerge outside of it")
 

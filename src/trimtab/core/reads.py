@@ -137,8 +137,12 @@ _TOLD = {torch.is_floating_point, torch.is_complex, torch.numel} | _methods(
 )
 #: what the base's parameter answers, or keeps
 _ASKED = _methods(
-    "register_hook retain_grad register_post_accumulate_grad_hook is_shared is_pinned", "grad grad_fn _version _backward_hooks"
-)
+    "register_hook retain_grad register_post_accumulate_grad_hook is_shared is_pinned"
+    " new_empty new_zeros new_ones new_full new_tensor new_empty_strided",
+    "grad grad_fn _version _backward_hooks",
+) | {torch.empty_like, torch.zeros_like, torch.ones_like, torch.full_like, torch.rand_like, torch.randn_like}
+#: what of further arguments only shapes, dtypes and devices are asked of
+_LIKE = _methods("to type_as view_as expand_as reshape_as")
 #: another one without a graph, whose writes still reach the base
 _DETACHED = {torch.detach} | _methods("detach", "data")
 _INPLACE = {
@@ -184,6 +188,8 @@ class Adapted(Tensor):
                 return copy.deepcopy(reading.value().detach(), *args[1:])
             if func in _ASKED or _writes(func):
                 return func(reading.stored, *tree_map(_made, tuple(args[1:])), **tree_map(_made, kwargs))
+        elif func in _LIKE:
+            return func(*tree_map(_stored, tuple(args)), **tree_map(_stored, kwargs))
         written = "out" if "out" in kwargs else "tensor" if _writes(func) else ""  # torch.nn.init names what it fills
         if isinstance(kwargs.get(written), cls):
             kwargs = {**kwargs, written: kwargs[written]._trimtab_reading.stored}
@@ -204,6 +210,10 @@ def _writes(func: Callable) -> bool:
     """Whether ``func`` writes to its first argument."""
     name = getattr(func, "__name__", "")
     return name in _INPLACE or (name.endswith("_") and not name.endswith("__"))
+
+
+def _stored(value: Any) -> Any:
+    return value._trimtab_reading.stored if isinstance(value, Adapted) else value
 
 
 def _made(value: Any) -> Any:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from trimtab.core.acts import Acts
     from trimtab.core.routing import Route
 
-__all__ = ["Factor", "Owner", "Plan", "changed", "entered", "plan_for", "present"]
+__all__ = ["Factor", "Owner", "Plan", "changed", "entered", "plan_for", "present", "within"]
 
 _HOLDS: ContextVar[Mapping[str, Plan]] = ContextVar("trimtab_plans")
 
@@ -93,6 +93,7 @@ class Plan:
         acts: path of a hosted module -> what acts there, if ``names`` says it.
         routes: path of a hosted module -> its route, in a routed batch.
         factors: path of a hosted module -> its factor.
+        spans: which tokens of each row are its text (``tt.spans``): start, stop, the largest stop.
         learns: whether gradients were on where the block began.
         task: the backward pass that the block began in, -1 for none.
     """
@@ -101,6 +102,7 @@ class Plan:
     acts: Mapping[str, Acts] | None = None
     routes: Mapping[str, Route] | None = None
     factors: Mapping[str, Factor] | None = None
+    spans: tuple[Tensor, Tensor, int] | None = None
     learns: bool = field(default_factory=torch.is_grad_enabled)
     task: int = field(default_factory=torch._C._current_graph_task_id)
 
@@ -109,6 +111,11 @@ def present(owner: Owner) -> Plan | None:
     """What the innermost open block says of ``owner``; None outside of all."""
     plans = _PRESENT.plans
     return plans.get(owner.id) if isinstance(plans, dict) else None
+
+
+def within(owner: Owner, **changes: Any) -> Plan:
+    """What the innermost open block says of ``owner``, with ``changes``."""
+    return replace(present(owner) or Plan(), learns=torch.is_grad_enabled(), task=torch._C._current_graph_task_id(), **changes)
 
 
 def changed(owner: Owner, plan: Plan) -> None:
