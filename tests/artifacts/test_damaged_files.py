@@ -115,3 +115,108 @@ def test_damage_is_told_in_a_sentence(name: str, tmp_path: Path) -> None:
 def test_three_thousand_damaged_files_a_reader(name: str, tmp_path: Path) -> None:
     outcomes, wrong = attack(name, 3000, tmp_path, seed=1)
     assert not wrong, f"{len(wrong)} of 3000, {dict(outcomes)}:\n" + "\n".join(wrong[:40])
+
+
+# -- kinds of damage one by one, for every reader
+
+
+def samples(name: str, tmp_path: Path) -> tuple[Path, list[Path]]:
+    """A fresh sample, and the files in it relative to what is read."""
+    (tmp_path / "good").mkdir()
+    good = READERS[name].write(tmp_path / "good")
+    return good, sorted(p.relative_to(good) for p in good.rglob("*") if p.is_file()) if good.is_dir() else [Path()]
+
+
+def replace_value(file: Path, key: str, value: float) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    if file.suffix == ".safetensors":
+        with safe_open(file, "pt") as stream:
+            notes = stream.metadata()
+        tensors = load_file(file)
+        tensors[key].view(-1)[-1] = value
+        save_file(tensors, file, metadata=notes)
+    else:
+        tensors = torch.load(file, weights_only=True)
+        tensors[key].view(-1)[-1] = value
+        torch.save(tensors, file)
+
+
+def keys_of(file: Path) -> list[str]:
+    from safetensors.torch import load_file
+
+    stored = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
+    return [key for key, value in stored.items() if value.is_floating_point() and value.numel()][:6]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", [name for name in READERS if name != "packed"])
+def test_values_that_are_not_finite_are_refused(name: str, value: float, tmp_path: Path) -> None:
+    good, files = samples(name, tmp_path)
+    tried = 0
+    for inner in files:
+        if (good / inner).suffix not in (".safetensors", ".bin", ".pt"):
+            continue
+        for key in keys_of(good / inner):
+            bad = copy_of(good, tmp_path / f"bad{tried}{good.suffix}")
+            replace_value(bad / inner if inner.parts else bad, key, value)
+            with pytest.raises(tt.CheckpointMismatch, match="NaN or infinite|SHA-256"):
+                READERS[name].read(bad)
+            tried += 1
+    assert tried
+
+
+@pytest.mark.parametrize("name", [name for name in READERS if name not in ("packed", "kohya", "kohya .pt", "lycoris", "diffusers")])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_byte_order_mark_in_any_config_changes_nothing(name: str, encoding: str, tmp_path: Path) -> None:
+    good, files = samples(name, tmp_path)
+    expected = READERS[name].read(good)
+    configs = [inner for inner in files if inner.suffix == ".json" and "tokenizer" not in inner.name]
+    assert configs
+    for inner in configs:
+        text = (good / inner).read_text("utf-8-sig")
+        (good / inner).write_text(text, encoding)
+    found = READERS[name].read(good)
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "directory", "device"])
+@pytest.mark.parametrize("name", READERS)
+def test_what_is_no_regular_file_is_not_opened(name: str, kind: str, tmp_path: Path) -> None:
+    import os
+
+    good, files = samples(name, tmp_path)
+    unread = ("README.md", "tokenizer.json", "chat_template.jinja", "generation_config.json")
+    needed = [p for p in files if p.name not in unread and (name != "sketched base" or p.name.startswith("sketch"))]
+    for number, inner in enumerate(needed):
+        bad = copy_of(good, tmp_path / f"bad{number}{good.suffix}")
+        file = bad / inner if inner.parts else bad
+        file.unlink()
+        if kind == "pipe":
+            os.mkfifo(file)
+        elif kind == "directory":
+            file.mkdir()
+        else:
+            file.symlink_to("/dev/zero")
+        with limited(f"{name}, {inner} as a {kind}"), pytest.raises(tt.TrimtabError):
+            READERS[name].read(bad)
+
+
+@pytest.mark.parametrize("name", ["peft .bin", "kohya .pt", "hub", "torchtune"])
+def test_a_flipped_bit_in_a_file_of_torch_is_noticed(name: str, tmp_path: Path) -> None:
+    good, files = samples(name, tmp_path)
+    expected = READERS[name].read(good)
+    inner = next(inner for inner in files if (good / inner).suffix in (".bin", ".pt"))
+    whole, rng, refused = (good / inner).read_bytes(), random.Random(0), 0
+    for _ in range(150):
+        data = bytearray(whole)
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        (good / inner).write_bytes(data)
+        try:
+            found = READERS[name].read(good)
+        except tt.TrimtabError:
+            refused += 1
+            continue
+        assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+    assert refused > 75
