@@ -117,6 +117,72 @@ def test_three_thousand_damaged_files_a_reader(name: str, tmp_path: Path) -> Non
     assert not wrong, f"{len(wrong)} of 3000, {dict(outcomes)}:\n" + "\n".join(wrong[:40])
 
 
+@pytest.mark.parametrize(
+    ("beside", "refused"),
+    [
+        ("non_lora_trainables.bin", True), ("value_head.safetensors", True), ("pytorch_model.bin", True), ("optimizer.pt", False),
+        ("rng_state_0.pth", False), ("training_args.bin", False), ("model-00001-of-00002.safetensors", False), ("x.json", False),
+    ],
+)  # fmt: skip
+def test_what_was_trained_beside_an_adapter_of_peft_is_not_left_out_silently(beside: str, refused: bool, tmp_path: Path) -> None:
+    good, _ = samples("peft", tmp_path)
+    expected = READERS["peft"].read(good)
+    torch.save({"mm_projector.weight": torch.ones(2)}, good / beside)
+    if refused:
+        with pytest.raises(tt.Unsupported, match=f"{beside} beside the adapter"):
+            READERS["peft"].read(good)
+    else:
+        assert READERS["peft"].read(good).keys() == expected.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("form", ["own", "peft", "peft .bin", "kohya", "kohya .pt"])
+def test_reading_takes_no_more_than_twice_the_file(form: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    import json
+
+    from safetensors.torch import save_file
+    from torch import nn
+
+    width, rank = 2048, 1024
+    names = [f"fc{i}" for i in range(8)]
+
+    def net() -> nn.Module:
+        return nn.ModuleDict({name: nn.Linear(width, width, bias=False, device="meta") for name in names}).to_empty(device="cpu")
+
+    tensors = {}
+    for name in names:
+        down, up = torch.ones(rank, width, dtype=dtype), torch.ones(width, rank, dtype=dtype)
+        if form.startswith("kohya"):
+            tensors |= {f"lora_unet_{name}.lora_down.weight": down, f"lora_unet_{name}.lora_up.weight": up}
+        else:
+            tensors |= {f"base_model.model.{name}.lora_A.weight": down, f"base_model.model.{name}.lora_B.weight": up}
+    source = tmp_path / "x"
+    source.mkdir()
+    write = torch.save if form.endswith((".bin", ".pt")) else save_file
+    suffix = form.partition(" ")[2] or ".safetensors"
+    if form == "own":
+        model = net()
+        for name in names:
+            nn.init.ones_(model[name].weight)
+        tt.attach(model, tt.LoRA(rank=rank), targets=names)
+        tt.save(model, source)
+    else:
+        write(tensors, source / f"adapter_model{suffix}")
+        about = {"peft_type": "LORA", "r": rank, "lora_alpha": 1, "target_modules": names}
+        if form.startswith("peft"):
+            (source / "adapter_config.json").write_text(json.dumps(about))
+    del tensors
+    size, model = size_of(source), net()
+    for name in names:
+        nn.init.ones_(model[name].weight)
+    reset_peak()
+    before = resident("VmRSS")
+    tt.load(model, source)
+    grown = resident("VmHWM") - before
+    assert grown < 2 * size + (40 << 20), f"{grown / size:.2f} times the file of {size:,}"
+
+
 # -- kinds of damage one by one, for every reader
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from trimtab.compat.tensor_files import SUFFIXES
 from trimtab.compat.tensor_files import read_tensors as read_stored
 from trimtab.core.errors import CheckpointMismatch, Unsupported
 from trimtab.core.files import sync
@@ -103,7 +104,29 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     if not file.is_file():
         inside = listed(p.name for p in folder.iterdir())
         raise CheckpointMismatch(f"{folder} is no whole peft adapter: it lacks {TENSORS} (found: {inside})")
+    _refuse_others(folder, file)
     return {key.replace("_orig_mod.", "").removeprefix(PREFIX): value for key, value in read_stored(file).items()}
+
+
+#: files of tensors beside an adapter that say nothing of what it computes: a trainer's own state, and the base itself
+_STATE = re.compile(
+    r"(optimizer|scheduler|scaler|rng_state|random_states|training_args|adapter_model|model-\d+-of-|pytorch_model-\d+-of-).*"
+)
+
+
+def _refuse_others(folder: Path, file: Path) -> None:
+    """Whatever else was trained and stands beside the adapter would be left out without a word.
+
+    Raises:
+        Unsupported: there is such a file, as LLaVA's ``non_lora_trainables.bin`` or a value head.
+    """
+    beside = [p for p in folder.iterdir() if p.suffix in SUFFIXES and p != file]
+    others = sorted(p.name for p in beside if not _STATE.fullmatch(p.name))
+    if others:
+        raise Unsupported(
+            f"{folder} holds {', '.join(others)} beside the adapter, which may have been trained with it (a projector, a value "
+            "head) and which peft's form does not know; put what it holds into the base, and move it elsewhere"
+        )
 
 
 #: names of a layer's two factors -> kind of the layer; shapes (r, in) and (out, r)
