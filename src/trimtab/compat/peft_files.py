@@ -19,7 +19,7 @@ from trimtab.compat.tensor_files import SUFFIXES
 from trimtab.compat.tensor_files import read_tensors as read_stored
 from trimtab.core.errors import CheckpointMismatch, Unsupported
 from trimtab.core.files import sync
-from trimtab.core.reading import check_fields, listed, read_json
+from trimtab.core.reading import check_fields, check_pattern, listed, read_json
 
 __all__ = [
     "CONFIG",
@@ -73,10 +73,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     for key, kind in (("rank_pattern", int), ("alpha_pattern", (int, float))):
         table = config.get(key) or {}
         check_fields(table, dict.fromkeys(table, kind), f"{key} in {file}")
+        for pattern in table:
+            check_pattern(pattern, str(file))
     for key in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "feedforward_modules"):
         names = config.get(key)
+        if isinstance(names, str):
+            check_pattern(names, str(file))
         if isinstance(names, list) and not all(isinstance(name, str) for name in names):
             raise CheckpointMismatch(f"{file} says {key}={names!r}, where names are needed")
+        for pattern in names if isinstance(names, list) and key in ("modules_to_save", "layers_pattern") else ():
+            check_pattern(pattern, str(file))
     return config
 
 
