@@ -38,7 +38,7 @@ def change(base, **fields) -> None:
         ({"hidden_size": None}, "transformers cannot"),
         ({"model_type": 5}, "model_type=5, where a text is needed"),
         ({"architectures": [["LlamaForCausalLM"]]}, "where names of classes are needed"),
-        ({"quantization_config": 5}, "where an object is needed"),
+        ({"quantization_config": 5}, "transformers cannot"),
         ({"hidden_size": 10**35}, "no model has more"),
         ({"num_hidden_layers": [2]}, "transformers cannot"),
     ],
