@@ -30,14 +30,17 @@ from trimtab.core.checkpoint import inspect
         ("none", None, "does not exist"),
         ("folder", "folder", r"holds no trimtab adapter: there is no manifest.json \(found: nothing\)"),
         ("pipe", "pipe", "it is a pipe"),
+        ("two", "two", "of several files of tensors, give the one that is meant"),
     ],
 )  # fmt: skip
 def test_what_is_no_adapter_is_named(verb, name, content, match, tmp_path) -> None:
     path = tmp_path / name
     if content == "tensors":
         save_file({"model.norm.weight": torch.ones(3)}, path)
-    elif content == "folder":
+    elif content in ("folder", "two"):
         path.mkdir()
+        for part in ("a", "b") if content == "two" else ():
+            save_file({"lora_unet_x.lora_up.weight": torch.ones(2, 2)}, path / f"{part}.safetensors")
     elif content == "pipe":
         os.mkfifo(path)
     elif content is not None:
