@@ -188,7 +188,10 @@ def compare(
             kept = torch.tensor([v is not None for v in values], dtype=torch.bool)
             theirs = torch.tensor([v or 0.0 for v in values], dtype=torch.float64)
             pairs.append(_Pair(key, found[kept], theirs[kept], storage(parameter), (kinds or {}).get(key, _UNKNOWN)))
-    reason = _difference(pairs, stored.get("digits", "float64"))
+    digits = stored.get("digits", "float64")
+    if digits not in _ROUNDING:
+        raise CheckpointMismatch(f"{source} is damaged: its sample of the base has the unknown digits {digits!r}")
+    reason = _difference(pairs, digits)
     if reason is not None:
         raise CheckpointMismatch(
             f"{source} was made for another base: {reason} ({stored['class']} then, {type(root).__name__} now); load the base it "
