@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable
 
 __all__ = [
+    "Busy",
     "CheckpointMismatch",
     "GradientMismatch",
     "NoMatch",
@@ -40,6 +41,10 @@ class CheckpointMismatch(TrimtabError, ValueError):
 
 class Unsupported(TrimtabError, NotImplementedError):
     """A combination that has no defined meaning, or that trimtab cannot do."""
+
+
+class Busy(TrimtabError, RuntimeError):
+    """A place on the disk that another process is writing to."""
 
 
 class GradientMismatch(TrimtabError, RuntimeError):

@@ -17,7 +17,7 @@ from trimtab.training.data import Row, load_rows, load_splits
 from trimtab.training.errors import DataError
 from trimtab.training.labels import check_known, label_names, label_of
 from trimtab.training.metrics import Metric, classification
-from trimtab.training.models import load_pretrained
+from trimtab.training.models import check_positions, load_pretrained
 from trimtab.training.strict import check_characters
 
 __all__ = ["PooledClassifier", "TextClassification", "TextClassificationConfig"]
@@ -159,6 +159,7 @@ def _bundle(config: TextClassificationConfig, info: dict[str, Any], splits: dict
         tokenizer.pad_token = tokenizer.eos_token  # decoders pad with their end token; the mask hides it
     model = _model(config, info["labels"], tokenizer)
     encoded = {split: _encode(tokenizer, rows, config, info["labels"]) for split, rows in splits.items()}
+    check_positions(model, max(len(each["input_ids"]) for rows in encoded.values() for each in rows), "data.max_length")
 
     def loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         logits = outputs["logits"].float()  # (n, classes)

@@ -19,8 +19,8 @@ from trimtab.schedules.restoration import load
 from trimtab.tasks import Bundle
 from trimtab.training.config import TrainConfig, load_config, to_yaml
 from trimtab.training.errors import RunError
+from trimtab.training.folder import ADAPTER, CONFIG, INFO
 from trimtab.training.metrics import IGNORED
-from trimtab.training.run import ADAPTER, CONFIG, INFO
 
 __all__ = ["Evaluation", "evaluate", "forward_all", "metrics_of"]
 
