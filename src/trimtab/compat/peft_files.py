@@ -12,14 +12,13 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from trimtab.compat.safetensors_file import read_header
+from trimtab.compat.tensor_files import read_tensors as read_stored
 from trimtab.core.errors import CheckpointMismatch, Unsupported
 from trimtab.core.files import sync
+from trimtab.core.reading import check_fields, listed, read_json
 
 __all__ = [
     "CONFIG",
@@ -40,6 +39,21 @@ CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 PREFIX = "base_model.model."
+#: the types of the fields that peft's configs share, or that decide a function; what they say is another question
+FIELDS = {
+    **dict.fromkeys(("r", "decompose_factor", "n_frequency", "num_virtual_tokens", "oft_block_size", "boft_block_size"), int),
+    **dict.fromkeys(
+        ("lora_alpha", "alpha", "lora_dropout", "module_dropout", "rank_dropout", "scaling", "d_initial"), (int, float)
+    ),
+    **dict.fromkeys(
+        ("use_rslora", "use_dora", "fan_in_fan_out", "inference_mode", "decompose_both", "lora_bias", "save_projection"), bool
+    ),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), dict),
+    **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), (list, str)),
+    **dict.fromkeys(("modules_to_save", "feedforward_modules"), list),
+    **dict.fromkeys(("bias", "task_type", "peft_type", "base_model_name_or_path", "revision"), str),
+    "layers_to_transform": (list, int), "init_lora_weights": (bool, str), "init_weights": (bool, str),
+}  # fmt: skip
 #: below a norm's path, the name of the copy that LN_TUNING trains
 NORM_COPY = "ln_tuning_layers"
 
@@ -51,24 +65,30 @@ def read_config(folder: Path) -> dict[str, Any]:
         CheckpointMismatch: it is no JSON object, or names no peft type.
     """
     file = folder / CONFIG
-    try:
-        config = json.loads(file.read_text("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointMismatch(f"{file} is damaged: {error}") from None
+    config = read_json(file)
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise CheckpointMismatch(f"{file} is not a peft config: it names no peft_type")
+    check_fields(config, FIELDS, str(file))
+    for key, kind in (("rank_pattern", int), ("alpha_pattern", (int, float))):
+        table = config.get(key) or {}
+        check_fields(table, dict.fromkeys(table, kind), f"{key} in {file}")
+    for key in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "feedforward_modules"):
+        names = config.get(key)
+        if isinstance(names, list) and not all(isinstance(name, str) for name in names):
+            raise CheckpointMismatch(f"{file} says {key}={names!r}, where names are needed")
     return config
 
 
 def others_config(folder: Path) -> bool:
     """Whether the config in ``folder`` is adapter-hub's, or stands beside torchtune's own file alone."""
-    if (folder / "adapter_model.pt").is_file() and not any((folder / name).is_file() for name in (TENSORS, PICKLE)):
+    if any(folder.glob("adapter_*.pt")) and not any((folder / name).is_file() for name in (TENSORS, PICKLE)):
         return True
     try:
-        config = json.loads((folder / CONFIG).read_text("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
+        config = read_json(folder / CONFIG)
+    except CheckpointMismatch:  # the reader of peft's folders says what is wrong
         return False
-    return isinstance(config, dict) and "peft_type" not in config and isinstance(config.get("config"), dict)
+    hub_or_mlx = isinstance(config, dict) and any(isinstance(config.get(key), dict) for key in ("config", "lora_parameters"))
+    return hub_or_mlx and "peft_type" not in config
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -81,21 +101,9 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     if not file.is_file():
         file = folder / PICKLE
     if not file.is_file():
-        inside = ", ".join(sorted(p.name for p in folder.iterdir()))
+        inside = listed(p.name for p in folder.iterdir())
         raise CheckpointMismatch(f"{folder} is no whole peft adapter: it lacks {TENSORS} (found: {inside})")
-    if file.name == TENSORS:
-        read_header(file)  # says at which byte a damaged file is damaged
-    try:
-        stored = load_file(file) if file.name == TENSORS else torch.load(file, map_location="cpu", weights_only=True)
-    except SafetensorError as error:
-        raise CheckpointMismatch(f"{file} is no readable safetensors file: {error}; restore it from a copy") from None
-    except Exception as error:  # torch.load has no error type of its own
-        raise CheckpointMismatch(f"{file} cannot be read: {error}; restore it from a copy") from None
-    wide = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
-    return {
-        key.replace("_orig_mod.", "").removeprefix(PREFIX): value.to(wide.get(value.dtype, value.dtype))
-        for key, value in stored.items()
-    }
+    return {key.replace("_orig_mod.", "").removeprefix(PREFIX): value for key, value in read_stored(file).items()}
 
 
 #: names of a layer's two factors -> kind of the layer; shapes (r, in) and (out, r)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from trimtab.compat.safetensors_file import read_header, read_tensor
 from trimtab.compat.sketched import SketchedWeight
 from trimtab.core.errors import CheckpointMismatch, raise_all
+from trimtab.core.reading import inside, read_json
 
 __all__ = [
     "CODES", "FORMAT", "MANIFEST", "TABLE", "VERSION", "is_sketch", "load_sketch", "read_all", "read_manifest", "read_shard",
@@ -65,10 +66,7 @@ def read_manifest(folder: Path, *, unfinished: bool = False) -> dict[str, Any]:
     if not file.is_file():
         found = sorted(p.name for p in Path(folder).iterdir())[:5] if Path(folder).is_dir() else ["no such folder"]
         raise CheckpointMismatch(f"{folder} is no sketch: there is no {MANIFEST} (found: {', '.join(found) or 'nothing'})")
-    try:
-        manifest = json.loads(file.read_text("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointMismatch(f"{file} is damaged: {error}") from None
+    manifest = read_json(file, finite=False)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointMismatch(f"{file} is not the {MANIFEST} of a trimtab sketch")
     if not isinstance(manifest.get("version"), int) or manifest["version"] > VERSION:
@@ -78,6 +76,9 @@ def read_manifest(folder: Path, *, unfinished: bool = False) -> dict[str, Any]:
         raise CheckpointMismatch(f"{file} is damaged: it lacks {', '.join(missing)}")
     if manifest["seal"] != seal(manifest):
         raise CheckpointMismatch(f"{file} was changed after it was written: its seal does not fit its content")
+    odd = [key for key, entry in manifest["tensors"].items() if not _is_entry(entry)] if _tables(manifest) else ["it"]
+    if odd:
+        raise CheckpointMismatch(f"{file} is damaged: it says of {odd[0]} what no tensor of a sketch has")
     waiting = [name for name, digest in manifest["shards"].items() if digest is None]
     if waiting and not unfinished:
         raise CheckpointMismatch(
@@ -87,13 +88,33 @@ def read_manifest(folder: Path, *, unfinished: bool = False) -> dict[str, Any]:
     return manifest
 
 
+def _tables(manifest: dict[str, Any]) -> bool:
+    """Whether the manifest's own entries are of the right kinds."""
+    shards, source = manifest["shards"], manifest["source"]
+    named = isinstance(shards, dict) and all(digest is None or isinstance(digest, str) for digest in shards.values())
+    dtype = getattr(torch, str(source.get("dtype")), None) if isinstance(source, dict) else None
+    return named and isinstance(dtype, torch.dtype) and isinstance(manifest["tensors"], dict)
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether a value of the manifest can be the entry of a tensor."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("file"), str) or not isinstance(entry.get("shape"), list):
+        return False
+    if not all(type(size) is int and 0 <= size < 1 << 48 for size in entry["shape"]):
+        return False
+    if "bits" not in entry:
+        return True
+    counts = all(type(entry.get(key)) is int and 0 < entry[key] < 1 << 32 for key in ("bits", "groups"))
+    return counts and entry["bits"] <= 8 and isinstance(entry.get("transposed"), bool) and len(entry["shape"]) == 2
+
+
 def read_shard(folder: Path, manifest: dict[str, Any], name: str) -> dict[str, Tensor]:
     """The tensors of one shard by the source's names; sketched ones as ``SketchedWeight``.
 
     Raises:
         CheckpointMismatch: the file is missing, damaged, or holds other tensors than the manifest says.
     """
-    file = Path(folder) / name
+    file = inside(Path(folder), name, Path(folder) / MANIFEST)
     if not file.is_file():
         raise CheckpointMismatch(f"{folder} is damaged: its {MANIFEST} names {name}, which is not there")
     if sha256(file) != manifest["shards"][name]:
@@ -153,6 +174,7 @@ def load_sketch(load: Callable[..., nn.Module], folder: str | Path, **options: A
     dtype = options.pop("dtype", "auto")  # before the configuration takes it for one of its own
     given = options.pop("config", None)
     if given is None:
+        options = {"trust_remote_code": False} | options
         given, options = AutoConfig.from_pretrained(folder, return_unused_kwargs=True, **options)
     if dtype == "auto":
         dtype = getattr(torch, manifest["source"]["dtype"])

@@ -9,7 +9,6 @@ torchtune/models/*/_convert_weights.py, torchtune/modules/peft.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from trimtab.compat.foreign import Filling, ForeignFormat, keys_of, only_file, r
 from trimtab.core.checkpoint import FORMATS
 from trimtab.core.contracts import Adapter
 from trimtab.core.errors import CheckpointMismatch, NoMatch, ShapeMismatch, Unsupported
+from trimtab.core.reading import read_json
 from trimtab.core.registry import get
 
 __all__ = ["TorchtuneFile"]
@@ -42,7 +42,7 @@ class TorchtuneFile(ForeignFormat):
         """Whether ``path`` is such a file, or a folder with one."""
         if any((path / name).is_file() for name in ("adapter_model.safetensors", "adapter_model.bin")):
             return False  # torchtune also writes peft's form
-        file = only_file(path, ["adapter_model.pt"])
+        file = _file(path)
         return file is not None and any(key.endswith(".lora_a.weight") for key in keys_of(file))
 
     def read(
@@ -54,7 +54,7 @@ class TorchtuneFile(ForeignFormat):
             alpha: numerator of the scale ``alpha / rank``; None: from ``adapter_config.json`` beside the file.
             permute: whether rows of q and k change from pairs to halves; None: by the model's type.
         """
-        file = only_file(path, ["adapter_model.pt"])
+        file = _file(path)
         stored = read_tensors(file)
         alpha = _alpha(file) if alpha is None else float(alpha)
         filling = Filling(root, file, stored)
@@ -70,6 +70,12 @@ class TorchtuneFile(ForeignFormat):
             factors = {factor: stored[key] for factor, key in keys.items()}
             _fill(filling, block, module, factors, keys, alpha=alpha, pairs=bool(permute))
         return file.stem, *filling.finish()
+
+
+def _file(path: Path) -> Path | None:
+    """torchtune's own file: ``adapter_model.pt``, or ``adapter_<epoch>.pt`` of earlier releases; whole models may lie beside."""
+    named = sorted(p.name for p in path.glob("adapter_*.pt")) if path.is_dir() else []
+    return only_file(path, ["adapter_model.pt", *(named if len(named) == 1 else [])])
 
 
 Factors = dict[str, Tensor]
@@ -126,14 +132,13 @@ def _find(filling: Filling, block: int | None, module: str) -> tuple[str, str | 
 
 def _alpha(file: Path) -> float:
     config = file.with_name("adapter_config.json")
-    try:
-        return float(json.loads(config.read_text("utf-8"))["lora_alpha"])
-    except FileNotFoundError:
-        raise CheckpointMismatch(
-            f"{file} does not hold alpha, nor is {config.name} beside it; say it: alpha=... (--alpha)"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointMismatch(f"{config} does not say lora_alpha as a number ({error}); say it: alpha=... (--alpha)") from None
+    if not config.exists():
+        raise CheckpointMismatch(f"{file} does not hold alpha, nor is {config.name} beside it; say it: alpha=... (--alpha)")
+    about = read_json(config)
+    alpha = about.get("lora_alpha") if isinstance(about, dict) else None
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+        raise CheckpointMismatch(f"{config} does not say lora_alpha as a number (found {alpha!r}); say it: alpha=... (--alpha)")
+    return float(alpha)
 
 
 def _order(root: nn.Module) -> bool:

@@ -19,76 +19,19 @@ A minimal method, complete (it then trains, merges, saves, routes and serves)::
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from trimtab.core.errors import ShapeMismatch
+from trimtab.core.methodconfig import MethodConfig, Span
 from trimtab.core.site import Operation, Site
 
 if TYPE_CHECKING:
     from trimtab.core.anatomy import Anatomy
 
 __all__ = ["ActivationAdapter", "Adapter", "MethodConfig", "Reparameterization", "Selection", "Span", "TokenAdapter"]
-
-
-@dataclass(frozen=True)
-class Span:
-    """A continuous range of a hyperparameter, both ends included; searched on a logarithmic axis if ``log``."""
-
-    low: float
-    high: float
-    log: bool = False
-
-
-@dataclass(frozen=True)
-class MethodConfig:
-    """Base of all configs: a frozen dataclass with under ten fields; what a user writes as ``tt.LoRA(rank=8)``.
-
-    Once registered, values are checked against the fields' annotations (``core.fieldtypes``) before ``__post_init__`` runs.
-
-    Class attributes:
-        search: fields worth searching: for each either a tuple of choices, in order, or a ``Span``.
-        learning_rate: where Adam's learning rate for this method's parameters is worth searching.
-    """
-
-    adapter_class: ClassVar[type[Adapter]]
-    search: ClassVar[Mapping[str, tuple[Any, ...] | Span]] = {}
-    learning_rate: ClassVar[Span] = Span(1e-4, 1e-2, log=True)
-
-    def require(self, ok: bool, message: str) -> None:
-        """Raise ``ShapeMismatch`` with the config in the message unless ``ok``; for ``__post_init__``."""
-        if not ok:
-            raise ShapeMismatch(f"{self}: {message}")
-
-    def require_rank(self, rank: Any) -> None:
-        """``rank`` must be an integer of at least 1."""
-        self.require(
-            isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1,
-            f"the rank must be an integer of at least 1, found {rank!r}",
-        )
-
-    def require_count(self, *names: str, optional: bool = False) -> None:
-        """The named fields must be integers of at least 1, or None where ``optional``."""
-        for name in names:
-            value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-            self.require(
-                whole or (optional and value is None),
-                f"{name} must be {'None or ' * optional}an integer of at least 1, found {value!r}",
-            )
-
-    def require_choice(self, name: str, known: Sequence[str]) -> None:
-        """The named field must be one of ``known``."""
-        value = getattr(self, name)
-        self.require(value in known, f"{name} must be one of {', '.join(known)}, found {value!r}")
-
-    def require_probability(self, name: str, p: float) -> None:
-        """``p`` must lie in [0, 1)."""
-        self.require(0 <= p < 1, f"{name} must be at least 0 and below 1, found {p!r}")
 
 
 class Adapter(nn.Module):
@@ -130,6 +73,11 @@ class Adapter(nn.Module):
     @classmethod
     def check(cls, config: MethodConfig, site: Site) -> None:
         """Raise ``ShapeMismatch`` or ``Unsupported`` if ``config`` does not fit ``site``. Called before anything is built."""
+
+    @classmethod
+    def fit(cls, config: MethodConfig, site: Site) -> MethodConfig:
+        """The config with what the user left open chosen to fit ``site``; nothing that was given is changed."""
+        return config
 
     @classmethod
     def wants(cls, config: MethodConfig) -> str | None:
@@ -208,6 +156,10 @@ class Adapter(nn.Module):
         """Whether a schedule has cut (or joined) ranks, so that there are not ``config.rank`` of them."""
         return any(getattr(self, name).shape[dim] != self.config.rank for name, dim in self.rank_axes.items())
 
+    def replaces(self, where: Tensor) -> Tensor:
+        """Which of the base tensor's entries at the flat places ``where`` (n,) it replaces whatever the base has, (n,) bool."""
+        return torch.zeros(len(where), dtype=torch.bool)
+
     def starts(self) -> Mapping[str, Tensor]:
         """Start values of parameters that the adapter itself keeps, by the parameter's name. Default: none."""
         return {}
@@ -284,6 +236,10 @@ class Selection(Reparameterization):
 
     def weight(self, W: Tensor) -> Tensor:
         return self.value
+
+    def replaces(self, where: Tensor) -> Tensor:
+        """All of them, unless it stands on rows of a fused tensor."""
+        return torch.full((len(where),), self.site.rows is None)
 
 
 class ActivationAdapter(Adapter):

@@ -120,7 +120,7 @@ def plan(
     floor = _floor(base, inputs)
     weights = sum(stored_bytes(p) for p in base.parameters())
     count = sum(p.numel() for p in base.parameters())
-    places = tt.attach(base, method, targets=targets, layers=layers, check_gradients=False)
+    places = tt.attach(base, method, targets=targets, layers=layers, head=False, check_gradients=False)
     if checkpointing:
         # the meta device has no random state to preserve
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, "preserve_rng_state": False})
@@ -166,7 +166,7 @@ def _on_meta(model: str | nn.Module, dtype: torch.dtype) -> nn.Module:
     name = (config.architectures or ["AutoModel"])[0]
     cls = getattr(transformers, name, transformers.AutoModel)
     with torch.device("meta"):
-        built = cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
+        built = cls.from_config(config, trust_remote_code=False) if hasattr(cls, "from_config") else cls(config)
     built.to(dtype)
     folder = resolve(model)
     return shapes_of_sketch(built, folder, dtype) if is_sketch(folder) else built
