@@ -65,14 +65,14 @@ def convert(
     for row in merged:
         report.add(row["path"], before.get(row["path"], ""), row["method"], row["rank"], row["error"])
     made["errors"] = {row["path"]: row["error"] for row in report}
-    write_adapters(adapters, out, name=name, base=saved.base, model=model, format=to, made=made)
+    write_adapters(adapters, out, name=name, base=saved.base, model=model, format=to, made=made, notes=saved.notes)
     return report
 
 
 def _as_it_is(saved: Saved, out: Path, *, to: str, name: str, model: Any, made: dict[str, Any], report: Table) -> None:
     """The same method in the other format, exactly."""
     try:
-        write_adapters(saved.adapters, out, name=name, base=saved.base, model=model, format=to, made=made)
+        write_adapters(saved.adapters, out, name=name, base=saved.base, model=model, format=to, made=made, notes=saved.notes)
     except Unsupported as error:
         raise Unsupported(f"{error}\nOr store it as a LoRA: rank=... (--rank), or max_error=... (--max-error)") from None
     from trimtab.compat.peft_files import read_config

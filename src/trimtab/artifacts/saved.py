@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class Saved:
         group: its adapters, in evaluation mode, and its name.
         base: the sample of its base's weights that it carries, empty where its format has none.
         mark: a hash of its files' content.
+        notes: what it remembers of its model (see ``core.notes``).
     """
 
     source: str
@@ -40,6 +41,7 @@ class Saved:
     group: Group
     base: dict[str, Any]
     mark: str
+    notes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def adapters(self) -> list[Adapter]:
@@ -92,12 +94,13 @@ def open_saved(path: str | os.PathLike, base: Base | None = None, **options: Any
     """
     path = Path(path)
     kind = detect(path)
+    notes: dict[str, Any] = {}
     if kind == "trimtab":
         if options:
             raise Unsupported(f"{path} is trimtab's own; {', '.join(options)} cannot be said of it")
         manifest = read_manifest(path)
         tensors = read_tensors(path, manifest)
-        name, sample, mark = manifest["name"], manifest["base"], manifest["seal"]
+        name, sample, mark, notes = manifest["name"], manifest["base"], manifest["seal"], manifest.get("model", {})
         root, view = (skeleton(manifest["places"], sample["class"]) if base is None else base.root), None
         if "cut" in manifest:
             if base is None:
@@ -121,7 +124,7 @@ def open_saved(path: str | os.PathLike, base: Base | None = None, **options: Any
     fill(adapters, tensors, str(path))
     for adapter in adapters:
         adapter.eval().requires_grad_(False)
-    return Saved(str(path), kind, Group(name, adapters, trainable=False), sample, mark)
+    return Saved(str(path), kind, Group(name, adapters, trainable=False), sample, mark, notes)
 
 
 def _read(path: Path, kind: str, base: Base | None, options: dict[str, Any]) -> tuple[str, list[Adapter], dict[str, Tensor]]:

@@ -108,7 +108,7 @@ class Staging:
     def record(self, file: str, rows: list[list[Any]]) -> None:
         """Note that ``file`` is finished, and what was reported while it was written."""
         self.done[file] = rows
-        self._put(PROGRESS, {"job": self.job, "done": self.done})
+        self.put(PROGRESS, {"job": self.job, "done": self.done})
 
     def finish(
         self, source: Path, outputs: Sequence[Output], config: dict[str, Any], record: dict[str, Any],
@@ -127,15 +127,15 @@ class Staging:
                 shutil.copyfile(entry, self.folder / entry.name)
         if config:
             old = json.loads((self.folder / "config.json").read_text("utf-8"))
-            self._put("config.json", {k: v for k, v in {**old, **config}.items() if v is not None})
+            self.put("config.json", {k: v for k, v in {**old, **config}.items() if v is not None})
         if (source / INDEX).is_file():
             index = json.loads((source / INDEX).read_text("utf-8"))
             written = [e for name in {o.file for o in outputs} for e in read_header(self.folder / name).entries.values()]
             metadata = {**index.get("metadata", {}), "total_size": sum(e.end - e.begin for e in written)}
             if "total_parameters" in metadata:
                 metadata["total_parameters"] = sum(math.prod(e.shape) for e in written)
-            self._put(INDEX, {"metadata": metadata, "weight_map": {o.name: o.file for o in sorted(outputs, key=lambda o: o.name)}})
-        self._put(RECORD, {"trimtab": __version__, **record})
+            self.put(INDEX, {"metadata": metadata, "weight_map": {o.name: o.file for o in sorted(outputs, key=lambda o: o.name)}})
+        self.put(RECORD, {"trimtab": __version__, **record})
         check(self.folder)
         for file in self.folder.iterdir():
             sync(file)
@@ -143,7 +143,8 @@ class Staging:
         (self.folder / LOCK).unlink()
         os.replace(self.folder, self.out)
 
-    def _put(self, name: str, content: Any) -> None:
+    def put(self, name: str, content: Any) -> None:
+        """A JSON file of the folder, whole or not at all."""
         draft = self.folder / f".{name}.part"
         draft.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", "utf-8")
         sync(draft)

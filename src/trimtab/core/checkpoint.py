@@ -20,6 +20,7 @@ from trimtab.core.contracts import Adapter
 from trimtab.core.errors import CheckpointMismatch, NoMatch, ShapeMismatch, TrimtabError, Unsupported, nearest, raise_all
 from trimtab.core.files import sync
 from trimtab.core.kinds import site_for
+from trimtab.core.notes import notes_of
 from trimtab.core.places import module_site
 from trimtab.core.registry import config_from_dict, config_to_dict
 from trimtab.core.selection import Place
@@ -59,7 +60,7 @@ def save(model: nn.Module, path: str | os.PathLike, *, name: str | None = None, 
         cut.refuse(root, f"the format {format!r}")
         return _format(format).save(root, Path(path), group.name)
     sample = fingerprint.take(root, [adapter.site for adapter in group.adapters])
-    return save_group(group, Path(path), base=sample, **cut.entry(root))
+    return save_group(group, Path(path), base=sample, **notes_of(root, group.adapters), **cut.entry(root))
 
 
 def save_group(group: Group, folder: Path, *, base: dict[str, Any], **more: Any) -> Path:

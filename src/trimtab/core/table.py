@@ -16,11 +16,15 @@ class Table:
         title: printed above.
         sums: columns that a last line adds up.
         limit: rows printed before the middle is left out; ``records`` always has all.
+
+    Attributes:
+        notes: sentences that are printed below the rows.
     """
 
     def __init__(self, columns: tuple[str, ...], *, title: str = "", sums: tuple[str, ...] = (), limit: int = 40):
         self.columns, self.title, self.sums, self.limit = columns, title, sums, limit
         self.rows: list[tuple[Any, ...]] = []
+        self.notes: list[str] = []
 
     def add(self, *row: Any) -> None:
         """Append one row, a value a column."""
@@ -67,7 +71,7 @@ class Table:
             for line in lines
         ]
         text.insert(1, "  ".join("-" * w for w in widths))
-        return "\n".join(([self.title] if self.title else []) + text)
+        return "\n".join([*([self.title] if self.title else []), *text, *self.notes])
 
     __repr__ = __str__
 
