@@ -145,8 +145,10 @@ def test_heads_without_an_average_say_what_else_there_is(tmp_path) -> None:
     c = trained(tmp_path / "c", pooled(labels=["hot", "warm", "cold"]))
     base = save(make("bert"), tmp_path / "base")
     for other, weights, match in (
-        (b, None, "for different labels"), (c, None, "for different labels .*hot, warm, cold"), (c, [1.0, -0.5], "different labels"),
-    ):  # fmt: skip
+        (b, None, "for different labels"),
+        (c, None, "for different labels .*hot, warm, cold"),
+        (c, [1.0, -0.5], "for different labels"),
+    ):
         with pytest.raises(tt.TrimtabError, match=match + '.*heads="first" .*heads="drop"'):
             tt.combine([a, other], tmp_path / "m", weights=weights)
         with pytest.raises(tt.TrimtabError, match=match):
@@ -157,6 +159,8 @@ def test_heads_without_an_average_say_what_else_there_is(tmp_path) -> None:
     with pytest.raises(tt.Unsupported, match="heads must be one of average, first, drop"):
         tt.combine([a, d], tmp_path / "m", heads="mean")
     assert not (tmp_path / "m").exists() and not (tmp_path / "o").exists()
+    with pytest.raises(tt.NotMergeable, match=r"for different labels .*\(3, 32\) and \(2, 32\); tt.combine them first"):
+        tt.merge_checkpoint([a, b], base, out=tmp_path / "o", heads="first")
     tt.combine([a, b], tmp_path / "m", heads="first")
     assert manifest(tmp_path / "m")["model"]["labels"] == LABELS
     with pytest.raises(tt.NotMergeable, match="nothing is left to store"):

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.artifacts.base import Base, LiveBase
-from trimtab.artifacts.heads import check_heads, common_notes, head_value, is_fresh
+from trimtab.artifacts.heads import check_heads, check_sizes, common_notes, head_value, is_fresh
 from trimtab.artifacts.rules import RuleEntry, rule_entry
 from trimtab.artifacts.saved import Saved, class_of, open_saved
 from trimtab.artifacts.updates import Place, places, reference, update_of, whole_value
 from trimtab.artifacts.writing import as_low_rank, as_value, write_adapters
+from trimtab.core import fingerprint
 from trimtab.core.contracts import Adapter, Selection
 from trimtab.core.errors import CheckpointMismatch, NotMergeable, ShapeMismatch, TrimtabError, Unsupported, raise_all
 from trimtab.core.site import Site
@@ -81,6 +82,8 @@ def combine(
     factors = check_weights(adapters, weights, entry)
     check_size(rank, max_error)
     check_heads(heads)
+    if base is not None:
+        check_sizes(adapters, heads)
     model = open_base(base, adapters)
     opened = [open_saved(path, model) for path in adapters]
     sample, notes = common_base(opened), common_notes(opened, heads)
@@ -139,21 +142,12 @@ def common_base(opened: Sequence[Saved]) -> dict[str, Any]:
     Raises:
         CheckpointMismatch: two adapters carry samples of different bases.
     """
-    cls = next((s.base["class"] for s in opened if s.base["samples"]), opened[0].base["class"])
-    samples: dict[str, list[float]] = {}
-    for saved in opened:
-        mine = saved.base["samples"]
-        both = [k for k in mine if k in samples and len(mine[k]) == len(samples[k])]
-        if both:
-            ours, theirs = (torch.tensor([v for k in both for v in s[k]], dtype=torch.float64) for s in (mine, samples))
-            scale = (ours.norm() * theirs.norm()).item()
-            if not (ours @ theirs).item() >= 0.95 * scale:
-                raise CheckpointMismatch(
-                    f"{saved.source} and {opened[0].source} were made for different bases: their samples of {both[0]} and "
-                    f"{len(both) - 1} other tensors agree to a cosine of {(ours @ theirs).item() / scale if scale else 0:.2f} only"
-                )
-        samples = {**mine, **samples}
-    return {"class": cls, "samples": samples}
+    for number, saved in enumerate(opened):
+        for other in opened[:number]:
+            reason = fingerprint.difference(saved.base, other.base)
+            if reason is not None:
+                raise CheckpointMismatch(f"{saved.source} and {other.source} were made for different bases: {reason}")
+    return fingerprint.join([saved.base for saved in opened])
 
 
 def place_seed(seed: int, name: str) -> int:

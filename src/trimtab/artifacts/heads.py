@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +13,10 @@ from torch import Tensor
 from trimtab.artifacts.base import Base
 from trimtab.artifacts.saved import Saved
 from trimtab.artifacts.updates import Place
+from trimtab.core.checkpoint import MANIFEST, read_manifest
 from trimtab.core.errors import NotMergeable, ShapeMismatch, Unsupported, nearest
 
-__all__ = ["HEADS", "check_heads", "common_notes", "head_value", "is_fresh"]
+__all__ = ["HEADS", "check_heads", "check_sizes", "common_notes", "head_value", "is_fresh"]
 
 HEADS = ("average", "first", "drop")
 _WAYS = 'heads="first" takes the first adapter\'s, heads="drop" leaves it out'
@@ -23,6 +26,29 @@ def check_heads(heads: str) -> None:
     """Refuse a word that says nothing about heads."""
     if heads not in HEADS:
         raise Unsupported(f"heads must be one of {', '.join(HEADS)}, found {heads!r}{nearest(str(heads), HEADS)}")
+
+
+def check_sizes(adapters: Sequence[str | os.PathLike], heads: str) -> None:
+    """Refuse adapters that put heads of different sizes at one place of a base: its modules have room for one.
+
+    Raises:
+        NotMergeable: with what can be done.
+    """
+    found: dict[tuple[str, str], tuple[Path, tuple[int, ...]]] = {}
+    for path in map(Path, adapters):
+        places = read_manifest(path)["places"] if (path / MANIFEST).is_file() else []
+        for place in places:
+            if place.get("role") != "head":
+                continue
+            first, shape = found.setdefault((place["path"], place["tensor"]), (path, tuple(place["shape"])))
+            if shape != tuple(place["shape"]):
+                way = (
+                    _WAYS
+                    if heads == "average"
+                    else "tt.combine them first without a base (trimtab merge without --base), then merge"
+                )
+                where, other = place["path"], tuple(place["shape"])
+                raise NotMergeable(f"{first} and {path} have heads for different labels at {where}: {shape} and {other}; {way}")
 
 
 def is_fresh(place: Place, base: Base | None) -> bool:

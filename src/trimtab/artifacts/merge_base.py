@@ -16,7 +16,7 @@ from typing import Any
 
 from trimtab.artifacts.combine import check_weights, common_base
 from trimtab.artifacts.folder_base import local_folder, open_folder
-from trimtab.artifacts.heads import check_heads, common_notes, head_value
+from trimtab.artifacts.heads import check_heads, check_sizes, common_notes, head_value
 from trimtab.artifacts.merged_tensors import Made, Merge, MergedTensor, add_rows, outputs_of
 from trimtab.artifacts.rules import rule_entry
 from trimtab.artifacts.saved import class_of, open_saved
@@ -85,6 +85,7 @@ def merge_checkpoint(
     entry = rule_entry(rule)
     values, factors = entry.bind(parameters), check_weights(paths, weights, entry)
     check_heads(heads)
+    check_sizes(paths, heads)
     model = open_folder(local_folder(base), [class_of(Path(path)) for path in paths], paths)
     opened = [open_saved(path, model) for path in paths]
     common_base(opened)

@@ -83,7 +83,7 @@ def project(
     raise_all(problems)
     made: dict[str, Any] = {"by": "project", "energy": energy, "source": Path(saved.source).name, "mark": saved.mark}
     made["kept"] = {row["path"]: row["kept"] for row in report}
-    base = sample_of(after, [each.site for each in moved])
+    base = sample_of(after, moved)
     write_adapters(moved, out, name=name or saved.group.name, base=base, model=after, made=made, notes=common_notes([saved], heads))
     return report
 

@@ -112,11 +112,10 @@ def open_saved(path: str | os.PathLike, base: Base | None = None, **options: Any
         if base is not None:
             check(base, sample, str(path), view=view)
         if view is not None:  # what is made of it is for the whole base
-            sample = sample_of(base, [adapter.site for adapter in adapters])
+            sample = sample_of(base, adapters)
     else:
         name, adapters, tensors = _read(path, kind, base, options)
-        sites = [adapter.site for adapter in adapters]
-        sample = {"class": "unknown", "samples": {}} if base is None else sample_of(base, sites)
+        sample = {"class": "unknown", "samples": {}} if base is None else sample_of(base, adapters)
         mark = _mark(path, options)
     for adapter in adapters:
         if adapter.site.is_meta:

@@ -88,14 +88,23 @@ def _pack_base(base: Mapping[str, Any]) -> dict[str, Any]:
     """The sample of the base's weights with four of its tensors, in bfloat16."""
     keys = list(base["samples"])
     chosen = keys[:: max(1, len(keys) // BASE_TENSORS)][:BASE_TENSORS]
-    values = [torch.tensor(base["samples"][key]).bfloat16().view(torch.uint8).numpy().tobytes() for key in chosen]
-    return {"class": base["class"], "samples": [[k, base64.b64encode(v).decode()] for k, v in zip(chosen, values, strict=True)]}
+    kinds = base.get("storage")
+    packed = []
+    for key in chosen:  # a value that the adapter replaces is none
+        values = torch.tensor([float("nan") if v is None else v for v in base["samples"][key]]).bfloat16()
+        packed.append([key, base64.b64encode(values.view(torch.uint8).numpy().tobytes()).decode()])
+    stored = {"class": base["class"], "samples": packed, "digits": "bfloat16"}
+    return stored if kinds is None else stored | {"storage": {key: kinds[key] for key in chosen}}
 
 
 def unpack_base(stored: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of ``_pack_base``, up to the tensors and digits that were left out."""
-    read = lambda text: torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.bfloat16).tolist()  # noqa: E731
-    return {"class": stored["class"], "samples": {key: read(text) for key, text in stored["samples"]}}
+
+    def read(text: str) -> list[float | None]:
+        values = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.bfloat16).tolist()
+        return [None if v != v else v for v in values]
+
+    return {**stored, "samples": {key: read(text) for key, text in stored["samples"]}}
 
 
 def from_adapter(

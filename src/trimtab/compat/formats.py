@@ -5,7 +5,8 @@ A format is an object with
 - ``test(path) -> bool``: whether what is there, a folder or a file, is of this format; ``CheckpointMismatch`` for a damaged file;
 - ``read(root, path, *, trainable=False, **options) -> (name, adapters, values)``: adapters with shapes only on the modules of
   ``root``, and their tensors by ``<path>.<slot>.<name>``; strict: every stored tensor is used, every needed one is there;
-- ``load(root, path, *, name, trainable, active) -> str``: the same, attached;
+- ``load(root, path, *, name, trainable, active, check_base=True) -> str``: the same, attached; ``check_base``: whether what the
+  file tells of its base's values is compared with ``root``'s;
 - ``save(root, path, name) -> Path``: writes the adapter ``name`` of ``root``, or raises ``Unsupported``;
 - ``places(path) -> list[dict]``: entries as a manifest's, so that it can be read without a base, or raises ``Unsupported``.
 """

@@ -72,7 +72,9 @@ class PeftFolder:
         return (folder / CONFIG).is_file() and not others_config(folder)
 
     @staticmethod
-    def load(root: nn.Module, folder: Path, *, name: str | None, trainable: bool, active: bool | None) -> str:
+    def load(
+        root: nn.Module, folder: Path, *, name: str | None, trainable: bool, active: bool | None, check_base: bool = True
+    ) -> str:
         """Attach the adapter in ``folder`` under ``name`` (None: ``"default"``).
 
         Raises:

@@ -206,6 +206,10 @@ class Adapter(nn.Module):
         """Whether a schedule has cut (or joined) ranks, so that there are not ``config.rank`` of them."""
         return any(getattr(self, name).shape[dim] != self.config.rank for name, dim in self.rank_axes.items())
 
+    def replaces(self, where: Tensor) -> Tensor:
+        """Which of the base tensor's entries at the flat places ``where`` (n,) it replaces whatever the base has, (n,) bool."""
+        return torch.zeros(len(where), dtype=torch.bool)
+
     def starts(self) -> Mapping[str, Tensor]:
         """Start values of parameters that the adapter itself keeps, by the parameter's name. Default: none."""
         return {}
@@ -282,6 +286,10 @@ class Selection(Reparameterization):
 
     def weight(self, W: Tensor) -> Tensor:
         return self.value
+
+    def replaces(self, where: Tensor) -> Tensor:
+        """All of them, unless it stands on rows of a fused tensor."""
+        return torch.full((len(where),), self.site.rows is None)
 
 
 class ActivationAdapter(Adapter):

@@ -16,7 +16,7 @@ from trimtab.tasks import Bundle, Task, task
 from trimtab.training.config import TrainConfig
 from trimtab.training.data import Row, load_rows, load_splits
 from trimtab.training.errors import DataError
-from trimtab.training.metrics import classification
+from trimtab.training.metrics import Metric, classification
 from trimtab.training.models import load_pretrained
 
 __all__ = ["PooledClassifier", "TextClassification", "TextClassificationConfig"]
@@ -77,8 +77,8 @@ class PooledClassifier(nn.Module):
         if not whole or said not in ("mean", "cls") or (pooling or said) != said:
             raise CheckpointMismatch(
                 f"{folder} holds the head of a {entry.get('class')} ({', '.join(sorted(tensors))}) with pooling "
-                f"{entry.get('pooling')!r}, not that of a {cls.__name__} with pooling {pooling or 'mean or cls'}; an unknown pooling "
-                "is said with pooling=..."
+                f"{entry.get('pooling')!r}, not that of a {cls.__name__} with pooling {pooling or 'mean or cls'}; where it says "
+                "none, say pooling=..."
             )
         encoder = load_pretrained(AutoModel.from_pretrained, str(folder))
         encoder.pooler = None
@@ -114,7 +114,7 @@ class TextClassification(Task):
     """See the module."""
 
     config = TextClassificationConfig
-    metrics = ("accuracy", "macro_f1")
+    metrics = (Metric("accuracy", "higher"), Metric("macro_f1", "higher"))
 
     def prepare(self, config: TextClassificationConfig) -> Bundle:
         """Raises ``DataError`` for rows that cannot be used; see ``Task.prepare``."""
