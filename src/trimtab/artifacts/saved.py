@@ -15,9 +15,10 @@ from torch import Tensor
 
 from trimtab.artifacts.base import Base, check, sample_of, values_in
 from trimtab.artifacts.skeleton import skeleton
-from trimtab.core.checkpoint import MANIFEST, fill, formats, read_manifest, read_tensors, rebuild
+from trimtab.core.checkpoint import MANIFEST, fill, formats, read_manifest, read_saved, rebuild
 from trimtab.core.contracts import Adapter
 from trimtab.core.errors import CheckpointMismatch, Unsupported
+from trimtab.core.folders import recover
 from trimtab.core.state import Group
 
 __all__ = ["Saved", "detect", "open_saved"]
@@ -55,6 +56,7 @@ def detect(path: Path) -> str:
     Raises:
         CheckpointMismatch: nothing that is known.
     """
+    recover(path)
     if (path / MANIFEST).exists():
         return "trimtab"
     found = next((name for name, format in formats().items() if format.test(path)), None)
@@ -98,8 +100,7 @@ def open_saved(path: str | os.PathLike, base: Base | None = None, **options: Any
     if kind == "trimtab":
         if options:
             raise Unsupported(f"{path} is trimtab's own; {', '.join(options)} cannot be said of it")
-        manifest = read_manifest(path)
-        tensors = read_tensors(path, manifest)
+        manifest, tensors = read_saved(path)
         name, sample, mark, notes = manifest["name"], manifest["base"], manifest["seal"], manifest.get("model", {})
         root, view = (skeleton(manifest["places"], sample["class"]) if base is None else base.root), None
         if "cut" in manifest:
