@@ -17,6 +17,7 @@ from trimtab.core.bank import shapes_only
 from trimtab.core.checkpoint import fill, formats, place_entry, save_group
 from trimtab.core.contracts import Adapter, MethodConfig
 from trimtab.core.errors import Unsupported, nearest
+from trimtab.core.recognition import check_options
 from trimtab.core.registry import get
 from trimtab.core.site import Cohort, Site
 from trimtab.core.state import ATTRIBUTE, Group
@@ -57,6 +58,7 @@ def write_adapters(
     format: str = "trimtab",
     made: dict[str, Any] | None = None,
     notes: dict[str, Any] | None = None,
+    **options: Any,
 ) -> None:
     """Save ``adapters`` as one, atomically.
 
@@ -66,16 +68,19 @@ def write_adapters(
         format: ``"trimtab"`` or another that can be written.
         made: how it came about, for the manifest.
         notes: what it remembers of its model, likewise.
+        options: of the format's ``save``.
 
     Raises:
         Unsupported: the format is unknown, or cannot hold the adapters.
     """
     more = {key: value for key, value in (("made", made), ("model", notes)) if value}
     if format == "trimtab":
+        check_options(format, None, options, out)
         save_group(Group(name, list(adapters), trainable=False), out, base=base, **more)
         return
     if format not in formats():
         raise Unsupported(f"unknown format {format!r}{nearest(format, ['trimtab', *formats()])}")
+    check_options(format, formats()[format], options, out, verb="save")
     root = model.root if model is not None else _modules_of(adapters, base["class"])
     if model is None:
         adapters = [_on(root, adapter) for adapter in adapters]
@@ -84,7 +89,7 @@ def write_adapters(
         name += "'"
     mount_group(root, name, list(adapters), trainable=False)
     try:
-        formats()[format].save(root, out, name)
+        formats()[format].save(root, out, name, **options)
     finally:
         remove_group(root, name)
 

@@ -21,11 +21,11 @@ from trimtab.core.files import stage_of, staged, sweep, sync
 from trimtab.core.folders import recover, waiting, writing
 from trimtab.core.manifest import check_manifest
 from trimtab.core.reading import inside, read_json
+from trimtab.core.recognition import MANIFEST
 
 __all__ = ["MANIFEST", "VERSION", "read_manifest", "read_saved", "read_tensors", "seal_of", "sha256_of", "write_folder"]
 
 VERSION = 1
-MANIFEST = "manifest.json"
 _TENSORS = re.compile(r"adapter-[0-9a-f]{12}\.safetensors")
 _NOTE = re.compile(rf"\.({_TENSORS.pattern})\.[0-9a-f]{{8}}\.old")
 _DRAFT = "adapter"

@@ -18,11 +18,12 @@ from trimtab.core.attach import mount_group, remove_group
 from trimtab.core.bank import shapes_only
 from trimtab.core.contracts import Adapter
 from trimtab.core.errors import CheckpointMismatch, NoMatch, ShapeMismatch, TrimtabError, Unsupported, nearest, raise_all
-from trimtab.core.folders import recover, writing
+from trimtab.core.folders import writing
 from trimtab.core.kinds import site_for
 from trimtab.core.notes import notes_of
 from trimtab.core.places import module_site
 from trimtab.core.reading import check_finite
+from trimtab.core.recognition import check_options, recognise
 from trimtab.core.registry import config_from_dict, config_to_dict
 from trimtab.core.selection import Place
 from trimtab.core.site import Cohort, Rows, Site
@@ -37,7 +38,7 @@ __all__ = [
 FORMATS: dict[str, Any] = {}
 
 
-def save(model: nn.Module, path: str | os.PathLike, *, name: str | None = None, format: str = "trimtab") -> Path:
+def save(model: nn.Module, path: str | os.PathLike, *, name: str | None = None, format: str = "trimtab", **options: Any) -> Path:
     """Write one adapter to the folder ``path``: ``manifest.json`` and one safetensors file; base weights never.
 
     The tensors are written first, under a name that holds their hash, then the manifest replaces the old one in one
@@ -45,7 +46,8 @@ def save(model: nn.Module, path: str | os.PathLike, *, name: str | None = None, 
 
     Args:
         name: the adapter; may be left out if there is one.
-        format: ``"trimtab"``, or ``"peft"`` for a folder that huggingface/peft loads.
+        format: ``"trimtab"``, or ``"peft"`` for a folder that huggingface/peft loads, or ``"diffusers"``.
+        options: of the format: ``base_name`` of peft's, ``component`` of diffusers'.
 
     Raises:
         NoMatch: no such adapter. Unsupported: unknown format, or a method the format cannot hold.
@@ -58,8 +60,10 @@ def save(model: nn.Module, path: str | os.PathLike, *, name: str | None = None, 
     if format != "trimtab":
         _refuse_bad(tensors_of(group))
         cut.refuse(root, f"the format {format!r}")
+        check_options(format, _format(format), options, Path(path), verb="save")
         with writing(Path(path)):
-            return _format(format).save(root, Path(path), group.name)
+            return _format(format).save(root, Path(path), group.name, **options)
+    check_options(format, None, options, Path(path))
     sample = fingerprint.take(root, group.adapters)
     return save_group(group, Path(path), base=sample, **notes_of(root, group.adapters), **cut.entry(root))
 
@@ -90,8 +94,9 @@ def load(
     trainable: bool = False,
     active: bool | None = None,
     check_base: bool = True,
+    **options: Any,
 ) -> str:
-    """Attach the adapter saved in the folder ``path``; returns its name.
+    """Attach the adapter saved in the folder or file ``path``; returns its name.
 
     Strict: every stored tensor is used, every needed one is there, shapes agree, and the base's weights are those the
     adapter was made for. Nothing is attached on error. Other adapters, and what is trainable, stay as they are.
@@ -101,18 +106,20 @@ def load(
         trainable: whether its parameters learn.
         active: whether it acts; None: only if no other adapter is on the model.
         check_base: compare a sample of the base's weights with the sample in the manifest.
+        options: what another library's format leaves open, as for ``tt.convert``: ``part`` of a file for several models,
+            ``alpha`` and ``permute`` of torchtune's, ``scale`` of MLX', ``head`` of adapter-hub's.
 
     Raises:
         CheckpointMismatch: damaged or foreign files, or another base. ShapeMismatch: sizes differ. NoMatch: a place is
-        missing. Unsupported: the name is taken.
+        missing. Unsupported: the name is taken, or an option that the format does not have.
     """
     root = unwrap(model)
     folder = Path(path)
-    recover(folder)
-    if not (folder / MANIFEST).exists():
-        for other in formats().values():
-            if other.test(folder):
-                return other.load(root, folder, name=name, trainable=trainable, active=active, check_base=check_base)
+    kind = recognise(folder, formats)
+    other = formats()[kind] if kind != "trimtab" else None
+    check_options(kind, other, options, folder)
+    if other is not None:
+        return other.load(root, folder, name=name, trainable=trainable, active=active, check_base=check_base, **options)
     manifest, tensors = read_saved(folder)
     name = name or manifest["name"]
     cut.check(root, manifest, str(folder))
@@ -123,15 +130,9 @@ def load(
 
 
 def install(
-    root: nn.Module,
-    adapters: list[Adapter],
-    tensors: dict[str, Tensor],
-    *,
-    name: str,
-    trainable: bool,
-    active: bool | None,
+    root: nn.Module, adapters: list[Adapter], tensors: dict[str, Tensor], *, name: str, trainable: bool, active: bool | None,
     source: str,
-) -> str:
+) -> str:  # fmt: skip
     """Fill adapters that have shapes only with stored tensors, then mount them. Used by every format's reader."""
     state = state_of(root, create=False) if ATTRIBUTE in root.__dict__ else None
     if state is not None and name in state.groups:
@@ -337,7 +338,14 @@ def fill(adapters: list[Adapter], tensors: dict[str, Tensor], source: str) -> No
 
 
 def inspect(path: str | os.PathLike) -> dict[str, Any]:
-    """The manifest, after checking the tensors' file against it; needs no model."""
+    """The manifest, after checking the tensors' file against it; needs no model. A compressed adapter has one too.
+
+    Raises:
+        CheckpointMismatch: damaged, or no adapter. Unsupported: another library's.
+    """
+    kind = recognise(Path(path), formats)
+    if kind != "trimtab":
+        return formats()[kind].inspect(Path(path))
     manifest, tensors = read_saved(Path(path))
     if sorted(tensors) != sorted(manifest["tensors"]):
         raise CheckpointMismatch(f"{path} is damaged: its tensors are not those that the manifest lists")

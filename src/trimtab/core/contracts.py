@@ -48,6 +48,8 @@ class Span:
 class MethodConfig:
     """Base of all configs: a frozen dataclass with under ten fields; what a user writes as ``tt.LoRA(rank=8)``.
 
+    Once registered, values are checked against the fields' annotations (``core.fieldtypes``) before ``__post_init__`` runs.
+
     Class attributes:
         search: fields worth searching: for each either a tuple of choices, in order, or a ``Span``.
         learning_rate: where Adam's learning rate for this method's parameters is worth searching.
@@ -130,14 +132,23 @@ class Adapter(nn.Module):
         """Raise ``ShapeMismatch`` or ``Unsupported`` if ``config`` does not fit ``site``. Called before anything is built."""
 
     @classmethod
+    def fit(cls, config: MethodConfig, site: Site) -> MethodConfig:
+        """The config with what the user left open chosen to fit ``site``; nothing that was given is changed."""
+        return config
+
+    @classmethod
     def wants(cls, config: MethodConfig) -> str | None:
         """What must be measured on sample data before it starts: ``"gradient"``, ``"activation"``, or nothing."""
         return "gradient" if cls.needs_gradient else None
 
     @classmethod
     def places(cls, config: MethodConfig, anatomy: Anatomy) -> str:
-        """Where the method acts if the user names no targets; override where an option or the model decides it."""
-        return cls.targets
+        """Where the method acts if the user names no targets; override where an option or the model decides it.
+
+        A method of linear layers acts on the convolutions of a model that has none.
+        """
+        matrices = any(role.startswith(("attn.", "mlp.", "linear")) for role in anatomy.roles.values()) or anatomy.banks
+        return "conv" if cls.targets == "linear" and not matrices and "conv" in cls.kinds else cls.targets
 
     @classmethod
     def needs(cls, config: MethodConfig) -> tuple[str, ...]:
