@@ -190,15 +190,11 @@ def test_forty_kills_lose_nothing(pair, tmp_path) -> None:
 
 def test_a_full_disk_is_a_sentence_and_the_old_adapter_stays(pair, monkeypatch, tmp_path) -> None:
     format, folder, models, wanted = pair
-    from trimtab.compat import peft_files
-    from trimtab.core import adapter_folder
-
     def full(tensors, path, metadata=None):
         Path(path).write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    for module in (adapter_folder, peft_files):
-        monkeypatch.setattr(module, "save_file", full)
+    monkeypatch.setattr(folders, "save_file", full)
     with pytest.raises(tt.WriteError, match=r"a cannot be written: No space left on device; what was there is left as it was"):
         tt.save(models[1], folder, format=format)
     assert torch.equal(output(folder), wanted[0]) and names(folder) == KINDS[format]

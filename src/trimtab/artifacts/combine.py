@@ -27,6 +27,7 @@ from trimtab.artifacts.writing import as_low_rank, as_value, write_adapters
 from trimtab.core import fingerprint
 from trimtab.core.contracts import Adapter, Selection
 from trimtab.core.errors import CheckpointMismatch, NotMergeable, ShapeMismatch, TrimtabError, Unsupported, raise_all
+from trimtab.core.folders import apart
 from trimtab.core.site import Site
 from trimtab.core.table import Table
 from trimtab.kernels.thin import Thin, Update, cut, dense, distance, norm
@@ -35,7 +36,7 @@ __all__ = ["check_size", "check_weights", "combine", "merge_all", "common_base",
 
 
 def combine(
-    adapters: Sequence[str | os.PathLike],
+    adapters: Sequence[str | os.PathLike] | str | os.PathLike,
     out: str | os.PathLike,
     *,
     weights: Sequence[float] | None = None,
@@ -55,7 +56,8 @@ def combine(
     method, rank or places.
 
     Args:
-        adapters: folders or files of any format that ``tt.load`` reads.
+        adapters: folders or files of any format that ``tt.load`` reads; a single path is a list of one.
+        out: a folder that is none of them.
         weights: one an adapter; None: 1/n each (``task_arithmetic``: 1 each). Negative ones subtract.
         rule: see ``tt.merge_rules()``.
         rank: of the result at every place, the best at that rank; None: exact, or what ``max_error`` needs.
@@ -75,11 +77,14 @@ def combine(
 
     Raises:
         NoMatch: unknown rule or parameter. ShapeMismatch: weights or ranks that do not fit. CheckpointMismatch: damaged files,
-        or adapters of different bases. NotMergeable: something that is no update of a weight. Unsupported: the base is needed.
+        or adapters of different bases. NotMergeable: something that is no update of a weight. Unsupported: the base is needed,
+        or ``out`` is one of the adapters.
     """
+    adapters = [adapters] if isinstance(adapters, str | os.PathLike) else list(adapters)
     entry = rule_entry(rule)
     values = entry.bind(parameters)
     factors = check_weights(adapters, weights, entry)
+    apart(out, [*adapters, base])
     check_size(rank, max_error)
     check_heads(heads)
     if base is not None:
@@ -106,7 +111,7 @@ def check_weights(adapters: Sequence[Any], weights: Sequence[float] | None, rule
     """
     if not adapters:
         raise ShapeMismatch("there is nothing to merge: no adapter was given")
-    paths = [os.path.abspath(path) for path in adapters]
+    paths = [os.path.realpath(path) for path in adapters]
     twice = sorted({path for path in paths if paths.count(path) > 1})
     if twice:
         raise ShapeMismatch(f"{twice[0]} is given twice; give it once, with the sum of its weights")

@@ -13,6 +13,7 @@ from trimtab.artifacts.rules import rule_entry
 from trimtab.artifacts.saved import Saved, open_saved
 from trimtab.artifacts.writing import write_adapters
 from trimtab.core.errors import NotMergeable, Unsupported
+from trimtab.core.folders import apart
 from trimtab.core.table import Table
 
 __all__ = ["convert"]
@@ -50,7 +51,7 @@ def convert(
         CheckpointMismatch: damaged or foreign files; missing and unused tensors in a table of three columns.
         NotMergeable: ``out`` exists. NoMatch, ShapeMismatch: it does not fit the base.
     """
-    out = Path(out)
+    out = apart(out, [source, base])
     if out.exists():
         raise NotMergeable(f"{out} exists already; choose another folder for the converted adapter")
     check_size(rank, max_error)

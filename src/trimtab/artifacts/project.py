@@ -24,6 +24,7 @@ from trimtab.artifacts.writing import as_low_rank, write_adapters
 from trimtab.core.checkpoint import find_module
 from trimtab.core.contracts import Adapter, Selection
 from trimtab.core.errors import NoMatch, NotMergeable, ShapeMismatch, TrimtabError, Unsupported, raise_all
+from trimtab.core.folders import apart
 from trimtab.core.site import Site
 from trimtab.core.table import Table
 from trimtab.kernels.thin import Thin, norm
@@ -61,7 +62,7 @@ def project(
         NoMatch, ShapeMismatch: the target lacks a place, or has it in another shape; all of them together.
         Unsupported: an update of something that is no matrix, or one that depends on ``source``. NotMergeable: ``out`` exists.
     """
-    out = Path(out)
+    out = apart(out, [adapter, target, source])
     if out.exists():
         raise NotMergeable(f"{out} exists already; choose another folder for the projected adapter")
     if not 0 < energy <= 1:

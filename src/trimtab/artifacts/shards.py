@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import hashlib
 import json
 import math
@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -19,14 +19,14 @@ from trimtab import __version__
 from trimtab.compat.model_config import read_config
 from trimtab.compat.pretrained import INDEX
 from trimtab.compat.safetensors_file import Header, read_header, write_file
-from trimtab.core.errors import TrimtabError, Unsupported
-from trimtab.core.files import sync
+from trimtab.core.errors import NotMergeable, TrimtabError
+from trimtab.core.files import locked, sync
+from trimtab.core.folders import writing
 from trimtab.core.reading import read_json
 
 __all__ = ["Output", "Staging"]
 
 PROGRESS = "progress.json"
-LOCK = "lock"
 RECORD = "trimtab_merge.json"
 #: endings of weights and of what belongs to them; all else in a model's folder is copied
 _WEIGHTS = (
@@ -65,7 +65,7 @@ class Staging:
         files: the base's.
 
     Raises:
-        Unsupported: another process works on the same ``out``.
+        Busy: another process works on the same ``out``. WriteError: a full disk, a read-only folder.
     """
 
     def __init__(self, out: Path, job: dict[str, Any], files: Sequence[Header]):
@@ -75,16 +75,18 @@ class Staging:
         text = json.dumps([__version__, job, marks], sort_keys=True, default=str)
         self.job = hashlib.sha256(text.encode()).hexdigest()
         self.done: dict[str, list[list[Any]]] = {}
-        self._lock: IO | None = None
 
     def __enter__(self) -> Staging:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(writing(self.out))
+            stack.enter_context(locked(self.out, "is merging into"))
+            self._begin()
+            self._held = stack.pop_all()
+        return self
+
+    def _begin(self) -> None:
+        """Take up what an earlier process of the same job left, and remove all else of it."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.folder / LOCK, "w")  # held until the work ends
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise Unsupported(f"another process is merging into {self.out}; wait for it, or choose another folder") from None
         try:
             progress = json.loads((self.folder / PROGRESS).read_text("utf-8"))
         except (FileNotFoundError, json.JSONDecodeError):
@@ -92,14 +94,13 @@ class Staging:
         if progress.get("job") == self.job:
             self.done = {name: rows for name, rows in progress["done"].items() if (self.folder / name).is_file()}
         for entry in self.folder.iterdir():
-            if entry.name not in {LOCK, PROGRESS, *self.done}:
+            if entry.name not in {PROGRESS, *self.done}:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> bool | None:
         if kind is not None and issubclass(kind, TrimtabError):
             shutil.rmtree(self.folder, ignore_errors=True)
-        self._lock.close()
+        return self._held.__exit__(kind, error, trace)
 
     def write(self, file: str, outputs: Sequence[Output], metadata: dict[str, str]) -> None:
         """One file of weights, whole or not at all."""
@@ -142,7 +143,8 @@ class Staging:
         for file in self.folder.iterdir():
             sync(file)
         (self.folder / PROGRESS).unlink(missing_ok=True)
-        (self.folder / LOCK).unlink()
+        if os.path.lexists(self.out):
+            raise NotMergeable(f"{self.out} came to be while the merge was at work; choose another folder for the merged model")
         os.replace(self.folder, self.out)
 
     def put(self, name: str, content: Any) -> None:

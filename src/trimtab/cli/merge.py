@@ -70,6 +70,8 @@ def command(
     elif kind == "model":
         print(merge_checkpoint(adapters, base, out=out, into=into, untie=untie, **common))
     else:
+        if out.exists():
+            raise Unsupported(f"{out} exists already; choose another folder for the merged adapter")
         print(combine(adapters, out, rank=rank, base=base, name=name, format=format, **common))
     print(f"wrote {out}")
 

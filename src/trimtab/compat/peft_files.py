@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Collection, Iterable, Sequence
 from functools import lru_cache
@@ -10,13 +11,12 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from trimtab.compat.tensor_files import read_tensors as read_stored
 from trimtab.core.errors import CheckpointMismatch, Unsupported
-from trimtab.core.files import staged, sweep
-from trimtab.core.folders import renewed, waiting, writing
+from trimtab.core.files import sweep
+from trimtab.core.folders import DRAFT, renewed, tensors_in, waiting, writing
 from trimtab.core.reading import listed, read_json
 
 __all__ = [
@@ -125,12 +125,14 @@ def write_folder(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor
     tensors = {key: value.detach().to("cpu").contiguous().clone() for key, value in tensors.items()}
     with writing(folder), waiting(folder, "saves"):
         sweep(folder)
+        sweep(folder / DRAFT)
         if (folder / CONFIG).is_file() and (folder / CONFIG).read_bytes() == text.encode() and (folder / TENSORS).is_file():
-            with staged(folder / TENSORS, folder=False) as draft:
-                save_file(tensors, draft, metadata={"format": "pt"})
+            with tensors_in(folder, tensors) as draft:
+                os.replace(draft, folder / TENSORS)
             return folder
         with renewed(folder, (CONFIG, TENSORS, PICKLE)) as stage:
-            save_file(tensors, stage / TENSORS, metadata={"format": "pt"})
+            with tensors_in(stage, tensors) as draft:
+                os.replace(draft, stage / TENSORS)
             (stage / CONFIG).write_text(text, "utf-8")
     return folder
 

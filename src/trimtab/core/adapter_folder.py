@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from trimtab.core.errors import CheckpointMismatch
-from trimtab.core.files import stage_of, staged, sweep, sync
-from trimtab.core.folders import recover, waiting, writing
+from trimtab.core.files import stage_of, staged, sweep
+from trimtab.core.folders import DRAFT, recover, steady, tensors_in, waiting, writing
 from trimtab.core.manifest import check_manifest
 from trimtab.core.reading import inside, read_json
 from trimtab.core.recognition import MANIFEST
@@ -28,7 +28,6 @@ __all__ = ["MANIFEST", "VERSION", "read_manifest", "read_saved", "read_tensors",
 VERSION = 1
 _TENSORS = re.compile(r"adapter-[0-9a-f]{12}\.safetensors")
 _NOTE = re.compile(rf"\.({_TENSORS.pattern})\.[0-9a-f]{{8}}\.old")
-_DRAFT = "adapter"
 
 
 def seal_of(manifest: dict[str, Any]) -> str:
@@ -89,8 +88,8 @@ def read_tensors(folder: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
             raise CheckpointMismatch(f"{file} is damaged or was changed: its SHA-256 is not the manifest's; restore it from a copy")
         # cloned, since the file's stand at odd addresses, where vectorised sums differ in their last bits
         tensors = {key: value.clone() for key, value in load_file(file).items()}
-    except FileNotFoundError:
-        raise CheckpointMismatch(f"{folder} is damaged: its manifest names {manifest['file']}, which is not there") from None
+    except (OSError, RuntimeError) as error:  # torch's own where it cannot map a file
+        raise CheckpointMismatch(f"{file} cannot be read: {error}") from None
     except SafetensorError as error:
         raise CheckpointMismatch(f"{file} is no readable safetensors file: {error}") from None
     for key, source in manifest["aliases"].items():
@@ -102,13 +101,11 @@ def read_tensors(folder: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
 
 def read_saved(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Manifest and tensors, of one and the same save even while another process saves there."""
-    while True:
+    def read() -> tuple[dict[str, Any], dict[str, Tensor]]:
         manifest = read_manifest(folder)
-        try:
-            return manifest, read_tensors(folder, manifest)
-        except CheckpointMismatch:
-            if read_manifest(folder)["seal"] == manifest["seal"]:
-                raise  # else a newer one took its place in between
+        return manifest, read_tensors(folder, manifest)
+
+    return steady([Path(folder) / MANIFEST], read)
 
 
 # -- writing
@@ -128,12 +125,8 @@ def write_folder(folder: Path, tensors: dict[str, Tensor], manifest: dict[str, A
         with waiting(folder / MANIFEST, "saves"):
             _tidy(folder)
             old = _named(folder)
-            part = stage_of(folder / _DRAFT)
-            try:
-                # one entry of metadata: of two, safetensors writes now one first, now the other
-                save_file(tensors, part, metadata={"format": "pt"})
+            with tensors_in(folder, tensors) as part:
                 digest = sha256_of(part)
-                sync(part)
                 final = folder / f"adapter-{digest[:12]}.safetensors"
                 with _removing_unnamed(folder, old, None if final.exists() else final.name):
                     os.replace(part, final)
@@ -141,8 +134,6 @@ def write_folder(folder: Path, tensors: dict[str, Tensor], manifest: dict[str, A
                     text = json.dumps(manifest | {"seal": seal_of(manifest)}, indent=1, sort_keys=True) + "\n"
                     with staged(folder / MANIFEST, folder=False) as draft:
                         draft.write_text(text, "utf-8")
-            finally:
-                part.unlink(missing_ok=True)
     return folder
 
 
@@ -171,7 +162,7 @@ def _removing_unnamed(folder: Path, *names: str | None) -> Iterator[None]:
 def _tidy(folder: Path) -> None:
     """Remove what killed saves left: drafts, and tensors' files that are noted and not named by the manifest; under the lock."""
     sweep(folder / MANIFEST)
-    sweep(folder / _DRAFT)
+    sweep(folder / DRAFT)
     kept = _named(folder)
     for entry in list(folder.iterdir()):
         noted = _NOTE.fullmatch(entry.name)

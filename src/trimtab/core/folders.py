@@ -7,18 +7,23 @@ import errno
 import os
 import shutil
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
-from trimtab.core.errors import Busy, WriteError
+from trimtab.core.errors import Busy, TrimtabError, Unsupported, WriteError
 from trimtab.core.files import _begun, exchange, locked, stage_of, sweep, sync
 
-__all__ = ["recover", "renewed", "waiting", "writing"]
+__all__ = ["apart", "recover", "renewed", "steady", "tensors_in", "waiting", "writing"]
 
 PATIENCE = 600.0  # seconds that a writer waits for another one
+DRAFT = "adapter"  # what drafts of tensors are named after
+T = TypeVar("T")
 
 
 @contextmanager
@@ -35,6 +40,26 @@ def writing(path: Path) -> Iterator[None]:
             raise
         reason = getattr(error, "strerror", None) or str(error)
         raise WriteError(f"{path} cannot be written: {reason}; what was there is left as it was") from error
+
+
+def apart(out: str | os.PathLike, inputs: Iterable[str | os.PathLike | object]) -> Path:
+    """``out`` as a path, which is none of ``inputs``, by no name: writing there would overwrite what is read.
+
+    Args:
+        inputs: paths; what is none (a model in memory, None) is passed over.
+
+    Raises:
+        Unsupported: it is one of them.
+    """
+    target = Path(out)
+    for each in inputs:
+        if not isinstance(each, str | os.PathLike):
+            continue
+        there = Path(each)
+        same = os.path.realpath(there) == os.path.realpath(target)
+        if same or (target.exists() and there.exists() and os.path.samefile(target, there)):
+            raise Unsupported(f"{target} is one of the inputs, and writing there would overwrite it; choose another place")
+    return target
 
 
 @contextmanager
@@ -56,6 +81,50 @@ def waiting(target: Path, doing: str, *, patience: float = PATIENCE) -> Iterator
             time.sleep(pause)
             pause = min(2 * pause, 0.1)
         yield
+
+
+def steady(paths: Collection[Path], read: Callable[[], T]) -> T:
+    """What ``read`` gives, of files of one and the same save: it is called again where another process replaced one meanwhile.
+
+    Args:
+        paths: the files that it reads, and their folder.
+    """
+    while True:
+        before = [_mark(path) for path in paths]
+        try:
+            found = read()
+        except (TrimtabError, OSError):
+            if [_mark(path) for path in paths] == before:
+                raise
+            continue
+        if [_mark(path) for path in paths] == before:
+            return found
+
+
+def _mark(path: Path) -> tuple[int, ...] | None:
+    """Tells a file or folder from another one of the same name."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return (found.st_dev, found.st_ino) if path.is_dir() else (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size)
+
+
+@contextmanager
+def tensors_in(folder: Path, tensors: dict[str, Tensor]) -> Iterator[Path]:
+    """A safetensors file beside its final place in ``folder``, to be renamed within the block; gone after it if it was not.
+
+    safetensors writes to a temporary file of its own next to it, so that the file stands in a folder that ``sweep`` knows.
+    """
+    draft = stage_of(folder / DRAFT)
+    draft.mkdir()
+    try:
+        # one entry of metadata: of two, safetensors writes now one first, now the other
+        save_file(tensors, draft / "tensors", metadata={"format": "pt"})
+        sync(draft / "tensors")
+        yield draft / "tensors"
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 @contextmanager
