@@ -92,7 +92,7 @@ def outputs_of(work: Merge, made: Made) -> list[Output]:
                 shape = None if base.codec is not None else entry.shape
                 outputs[key] = Output(file, key, entry.dtype, shape, partial(made.part, changed[key], key))
             else:
-                outputs[key] = Output(file, key, entry.dtype, entry.shape, partial(_copy, header, key))
+                outputs[key] = Output(file, key, entry.dtype, entry.shape, partial(_copy, header, key), entry.end - entry.begin)
     for t in work.tensors:
         shape = tuple(t.site.parameter().shape)
         if t.group is None:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import struct
 import zlib
@@ -37,7 +36,7 @@ from trimtab.core.checkpoint import FORMATS, install, rebuild
 from trimtab.core.contracts import Adapter
 from trimtab.core.errors import CheckpointMismatch, Unsupported
 from trimtab.core.folders import waiting, writing
-from trimtab.core.reading import inflate, parse_json, regular_size
+from trimtab.core.reading import LONGEST, inflate, parse_json, regular_size
 from trimtab.core.state import unwrap
 
 __all__ = ["Entry", "Frame", "Packed", "frames_of", "write"]
@@ -46,10 +45,13 @@ MAGIC, VERSION, SUFFIX = b"TRIMTERN", 1, ".tern"
 HEAD, FRAME, CRC = struct.Struct("<8sII"), struct.Struct("<4sI"), struct.Struct("<I")
 END = struct.Struct("<I16s")
 ENTRIES = 1 << 22  # of a frame
+_LARGEST = torch.finfo(torch.float32).max
 STORES = ("ternary", "start", "raw", "float16", "bfloat16", "int8")
 STARTS = ("zero", "made", "base", "held", "other")
 #: entries that a file may stand for: this many, and so many more a byte (at a density of 0.01 % a byte holds some five thousand)
 FREE, DENSEST = 1 << 26, 1 << 13
+#: bytes that a header may become: this many, and so many times its own (one of many alike places becomes thirty times as long)
+ROOM, MOST_RATIO = 1 << 24, 50
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def _is_entry(row: Any) -> bool:
     key, dtype, shape, store, start, scale, fitted = row + ["zero", 0.0, False][len(row) - 4 :]
     names = isinstance(key, str) and isinstance(getattr(torch, str(dtype), None), torch.dtype)
     sizes = isinstance(shape, list) and len(shape) <= 64 and all(type(n) is int and 0 <= n < 1 << 48 for n in shape)
-    number = isinstance(scale, int | float) and not isinstance(scale, bool) and math.isfinite(scale)
+    number = isinstance(scale, int | float) and not isinstance(scale, bool) and abs(scale) <= _LARGEST
     return names and sizes and number and store in STORES and start in STARTS and isinstance(fitted, bool)
 
 
@@ -268,8 +270,8 @@ class Packed:
             raise self._bad(self.size, f"it ends within its header, which has {length} bytes from byte {HEAD.size} on")
         if zlib.crc32(start + rest[:length]) != CRC.unpack(rest[length:])[0]:
             raise self._bad(HEAD.size, f"the header's {length} bytes do not fit their checksum")
-        what = f"the header of {self.path}"
-        return parse_json(inflate(rest[:length], what), what, finite=False), HEAD.size + length + CRC.size
+        what, most = f"the header of {self.path}", min(LONGEST, ROOM + MOST_RATIO * length)
+        return parse_json(inflate(rest[:length], what, most=most), what, finite=False), HEAD.size + length + CRC.size
 
     def _names(self, frame: Frame) -> str:
         keys = [self.entries[i].key for i, _, _ in frame.pieces]
@@ -351,12 +353,10 @@ class _Format:
             return path.suffix == SUFFIX or stream.read(len(MAGIC)) == MAGIC
 
     @staticmethod
-    def load(
-        root: nn.Module, path: Path, *, name: str | None, trainable: bool, active: bool | None, check_base: bool = True
-    ) -> str:
-        """Attach the compressed adapter in the file ``path`` to its base."""
+    def load(root: nn.Module, path: Path, *, name: str | None, check_base: bool = True, **how: Any) -> str:
+        """Attach the compressed adapter in the file ``path`` to its base; ``how``: ``trainable`` and ``active`` of ``install``."""
         own, adapters, tensors = _Format.read(root, path, check_base=check_base)
-        return install(root, adapters, tensors, name=name or own, trainable=trainable, active=active, source=str(path))
+        return install(root, adapters, tensors, name=name or own, source=str(path), **how)
 
     @staticmethod
     def read(

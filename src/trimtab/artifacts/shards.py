@@ -45,6 +45,7 @@ class Output:
         dtype: as safetensors names it.
         shape: its shape; None where only the tensor tells it (a quantised weight's notes).
         produce: gives the tensor, or where its bytes stand in another file.
+        size: in bytes, where they are copied.
     """
 
     file: str
@@ -52,6 +53,7 @@ class Output:
     dtype: str
     shape: tuple[int, ...] | None
     produce: Callable[[], Tensor | tuple[Header, str]]
+    size: int | None = None
 
 
 class Staging:
@@ -106,7 +108,8 @@ class Staging:
         """One file of weights, whole or not at all."""
         by_name = {output.name: output for output in outputs}
         listed = [(o.name, o.dtype, o.shape) for o in outputs]
-        write_file(self.folder / file, listed, lambda name: by_name[name].produce(), metadata=metadata)
+        sizes = {output.name: output.size for output in outputs if output.size is not None}
+        write_file(self.folder / file, listed, lambda name: by_name[name].produce(), metadata=metadata, sizes=sizes)
 
     def record(self, file: str, rows: list[list[Any]]) -> None:
         """Note that ``file`` is finished, and what was reported while it was written."""
