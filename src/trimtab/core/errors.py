@@ -15,6 +15,7 @@ __all__ = [
     "TooSmall",
     "TrimtabError",
     "Unsupported",
+    "WriteError",
     "nearest",
     "raise_all",
 ]
@@ -54,6 +55,10 @@ class Busy(TrimtabError, RuntimeError):
 
 class GradientMismatch(TrimtabError, RuntimeError):
     """At the first optimizer step, other parameters than the declared ones had received gradients."""
+
+
+class WriteError(TrimtabError, OSError):
+    """The disk is full, a folder is read-only, or the like: nothing new was written, and what was there is left as it is."""
 
 
 def nearest(word: str, known: Iterable[str], *, n: int = 3) -> str:
