@@ -101,7 +101,7 @@ def open_saved(path: str | os.PathLike, base: Base | None = None, **options: Any
             manifest, tensors, view = widened(root, manifest, tensors)
         adapters = rebuild(root, manifest)
         if base is not None:
-            check(base, sample, str(path), view=view)
+            check(base, sample, str(path), adapters=adapters, view=view)
         if view is not None:  # what is made of it is for the whole base
             sample = sample_of(base, adapters)
     else:

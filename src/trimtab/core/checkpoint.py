@@ -124,7 +124,7 @@ def load(
     cut.check(root, manifest, str(folder))
     adapters = rebuild(root, manifest)
     if check_base:
-        fingerprint.compare(root, manifest["base"], str(folder))
+        fingerprint.compare(root, manifest["base"], str(folder), adapters=adapters)
     return install(root, adapters, tensors, name=name, trainable=trainable, active=active, source=str(folder))
 
 
