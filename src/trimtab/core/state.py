@@ -104,12 +104,21 @@ def state_of(model: nn.Module, *, create: bool = False) -> ModelState:
             raise Unsupported(f"no adapter is attached to this {type(model).__name__}{hint}")
         state = ModelState()
         root.__dict__[ATTRIBUTE] = state
+        if hasattr(root, "save_pretrained"):
+            from trimtab.compat.beside import hook
+
+            hook(root)
     return state
 
 
 def drop_state(model: nn.Module) -> None:
     """Forget the state; the model is as it was before the first attach."""
-    unwrap(model).__dict__.pop(ATTRIBUTE, None)
+    root = unwrap(model)
+    root.__dict__.pop(ATTRIBUTE, None)
+    if "save_pretrained" in root.__dict__:
+        from trimtab.compat.beside import unhook
+
+        unhook(root)
 
 
 def adapter_group(state: ModelState, name: str) -> Group:
