@@ -207,7 +207,9 @@ class Reparameterization(Adapter):
 
     def run(self, x: Tensor, base: Operation) -> Tensor:
         """``forward`` where this kind of place has a fast one, else the derived form."""
-        return self.forward(x, base) if base.kind in self.fast else self.derived(x, base)
+        if base.kind not in self.fast or not base.multiplies:
+            return self.derived(x, base)
+        return base.stilled(x, self.forward(x, base))
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """``(B, A)`` with ``weight(W) - W == B @ A`` exactly, shapes (out, r) and (r, in), if the update is low-rank."""
