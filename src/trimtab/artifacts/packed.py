@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.artifacts import coding
+from trimtab.artifacts.packed_entries import is_entry
 from trimtab.core import cut, fingerprint
 from trimtab.core.checkpoint import FORMATS, install, rebuild
 from trimtab.core.contracts import Adapter
@@ -45,9 +46,6 @@ MAGIC, VERSION, SUFFIX = b"TRIMTERN", 1, ".tern"
 HEAD, FRAME, CRC = struct.Struct("<8sII"), struct.Struct("<4sI"), struct.Struct("<I")
 END = struct.Struct("<I16s")
 ENTRIES = 1 << 22  # of a frame
-_LARGEST = torch.finfo(torch.float32).max
-STORES = ("ternary", "start", "raw", "float16", "bfloat16", "int8")
-STARTS = ("zero", "made", "base", "held", "other")
 #: entries that a file may stand for: this many, and so many more a byte (at a density of 0.01 % a byte holds some five thousand)
 FREE, DENSEST = 1 << 26, 1 << 13
 #: bytes that a header may become: this many, and so many times its own (one of many alike places becomes thirty times as long)
@@ -86,17 +84,6 @@ class Entry:
         if len(self.shape) < 2 or not 0 < self.shape[-1] <= ENTRIES:
             return self.numel, 1
         return self.numel // self.shape[-1], self.shape[-1]
-
-
-def _is_entry(row: Any) -> bool:
-    """Whether a list of the header can be an ``Entry``."""
-    if not isinstance(row, list) or not 4 <= len(row) <= 7:
-        return False
-    key, dtype, shape, store, start, scale, fitted = row + ["zero", 0.0, False][len(row) - 4 :]
-    names = isinstance(key, str) and isinstance(getattr(torch, str(dtype), None), torch.dtype)
-    sizes = isinstance(shape, list) and len(shape) <= 64 and all(type(n) is int and 0 <= n < 1 << 48 for n in shape)
-    number = isinstance(scale, int | float) and not isinstance(scale, bool) and abs(scale) <= _LARGEST
-    return names and sizes and number and store in STORES and start in STARTS and isinstance(fitted, bool)
 
 
 @dataclass(frozen=True)
@@ -241,7 +228,7 @@ class Packed:
         for key, kind in (("tensors", list), ("coding", str), ("kind", str)):
             if not isinstance(self.header.get(key), kind):
                 raise self._bad(HEAD.size, f"its header lacks or garbles {key!r}")
-        odd = [row for row in self.header["tensors"] if not _is_entry(row)]
+        odd = [row for row in self.header["tensors"] if not is_entry(row)]
         if odd:
             raise self._bad(HEAD.size, f"its header says of a tensor what none has: {repr(odd[0])[:200]}")
         self.entries = [Entry(key, dtype, tuple(shape), *rest) for key, dtype, shape, *rest in self.header["tensors"]]

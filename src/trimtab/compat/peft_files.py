@@ -13,11 +13,12 @@ from typing import Any
 
 from torch import Tensor
 
+from trimtab.compat.tensor_files import SUFFIXES
 from trimtab.compat.tensor_files import read_tensors as read_stored
 from trimtab.core.errors import CheckpointMismatch, Unsupported
 from trimtab.core.files import sweep
 from trimtab.core.folders import DRAFT, renewed, tensors_in, waiting, writing
-from trimtab.core.reading import check_fields, listed, read_json
+from trimtab.core.reading import check_fields, check_pattern, listed, read_json
 
 __all__ = [
     "CONFIG",
@@ -71,10 +72,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     for key, kind in (("rank_pattern", int), ("alpha_pattern", (int, float))):
         table = config.get(key) or {}
         check_fields(table, dict.fromkeys(table, kind), f"{key} in {file}")
+        for pattern in table:
+            check_pattern(pattern, str(file))
     for key in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "feedforward_modules"):
         names = config.get(key)
+        if isinstance(names, str):
+            check_pattern(names, str(file))
         if isinstance(names, list) and not all(isinstance(name, str) for name in names):
             raise CheckpointMismatch(f"{file} says {key}={names!r}, where names are needed")
+        for pattern in names if isinstance(names, list) and key in ("modules_to_save", "layers_pattern") else ():
+            check_pattern(pattern, str(file))
     return config
 
 
@@ -102,7 +109,29 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     if not file.is_file():
         inside = listed(p.name for p in folder.iterdir())
         raise CheckpointMismatch(f"{folder} is no whole peft adapter: it lacks {TENSORS} (found: {inside})")
+    _refuse_others(folder, file)
     return {key.replace("_orig_mod.", "").removeprefix(PREFIX): value for key, value in read_stored(file).items()}
+
+
+#: files of tensors beside an adapter that say nothing of what it computes: a trainer's own state, and the base itself
+_STATE = re.compile(
+    r"(optimizer|scheduler|scaler|rng_state|random_states|training_args|adapter_model|model-\d+-of-|pytorch_model-\d+-of-).*"
+)
+
+
+def _refuse_others(folder: Path, file: Path) -> None:
+    """Whatever else was trained and stands beside the adapter would be left out without a word.
+
+    Raises:
+        Unsupported: there is such a file, as LLaVA's ``non_lora_trainables.bin`` or a value head.
+    """
+    beside = [p for p in folder.iterdir() if p.suffix in SUFFIXES and p != file]
+    others = sorted(p.name for p in beside if not _STATE.fullmatch(p.name))
+    if others:
+        raise Unsupported(
+            f"{folder} holds {', '.join(others)} beside the adapter, which may have been trained with it (a projector, a value "
+            "head) and which peft's form does not know; put what it holds into the base, and move it elsewhere"
+        )
 
 
 #: names of a layer's two factors -> kind of the layer; shapes (r, in) and (out, r)
