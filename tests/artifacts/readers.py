@@ -214,8 +214,8 @@ def read_sketch(path: Path) -> dict[str, Tensor]:
 
 
 READERS = {
-    "own": Reader(own, attached(model), sealed=True, reseal=False),
-    "packed": Reader(packed, attached(model), sealed=True, reseal=False),
+    "own": Reader(own, attached(model), sealed=True),
+    "packed": Reader(packed, attached(model), sealed=True),
     "peft": Reader(peft, attached(model)), "peft .bin": Reader(lambda f: peft(f, pickled=True), attached(model)),
     "kohya": Reader(kohya, attached(unet)), "kohya .pt": Reader(lambda f: kohya(f, suffix=".pt"), attached(unet)),
     "lycoris": Reader(lycoris, attached(unet)), "diffusers": Reader(diffusers, attached(unet)), "hub": Reader(hub, attached(bert)),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core import fingerprint
+from trimtab.core.contracts import Adapter
 from trimtab.core.site import Site
 from trimtab.core.state import ATTRIBUTE
 
@@ -56,9 +57,9 @@ def check(base: Base, stored: dict[str, Any], source: str, *, view: Callable[[st
     fingerprint.compare(base.root, stored, source, value=base.value, **more)
 
 
-def sample_of(base: Base, sites: list[Site]) -> dict[str, Any]:
-    """The sample of a base's weights that an adapter at ``sites`` carries."""
-    taken = fingerprint.take(base.root, sites, value=lambda site: base.value(site.path, site.tensor))
+def sample_of(base: Base, adapters: Sequence[Adapter]) -> dict[str, Any]:
+    """The sample of a base's weights that ``adapters`` carry."""
+    taken = fingerprint.take(base.root, adapters, value=lambda site: base.value(site.path, site.tensor))
     return taken | {"class": getattr(base, "class_name", taken["class"])}
 
 

@@ -36,6 +36,7 @@ from trimtab.core import cut, fingerprint
 from trimtab.core.checkpoint import FORMATS, install, rebuild
 from trimtab.core.contracts import Adapter
 from trimtab.core.errors import CheckpointMismatch, Unsupported
+from trimtab.core.folders import waiting, writing
 from trimtab.core.reading import LONGEST, inflate, parse_json, regular_size
 from trimtab.core.state import unwrap
 
@@ -136,27 +137,34 @@ def write(path: Path, header: dict[str, Any], frames: Sequence[Callable[[], tupl
     text = zlib.compress(json.dumps(header, separators=(",", ":"), sort_keys=True).encode(), 9)
     head = HEAD.pack(MAGIC, VERSION, len(text)) + text
     head += CRC.pack(zlib.crc32(head))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    stage = path.with_name(f".{path.name}.part")
-    done, size = _written(stage, head, len(frames))
-    try:
-        with open(stage, "r+b" if size else "wb") as stream:
-            stream.truncate(size)
-            stream.seek(size)
-            if not size:
-                stream.write(head)
-            for make in frames[done:]:
-                stream.write(_sealed(*make()))
-            stream.flush()
-            digest = _digest(stage)
-            stream.write(_sealed(b"end ", END.pack(len(frames), digest)))
-            stream.flush()
-            os.fsync(stream.fileno())
-    except Exception:
-        stage.unlink()  # an error is no interruption: the job would fail again
-        raise
-    os.replace(stage, path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stage = path.with_name(f".{path.name}.part")
+        with waiting(path, "compresses into"):
+            try:
+                _fill(stage, head, frames)
+                os.replace(stage, path)
+            except Exception:
+                stage.unlink(missing_ok=True)  # an error is no interruption: the job would fail again
+                raise
     return path.stat().st_size
+
+
+def _fill(stage: Path, head: bytes, frames: Sequence[Callable[[], tuple[bytes, bytes]]]) -> None:
+    """Write the frames that an earlier process has not, and the end."""
+    done, size = _written(stage, head, len(frames))
+    with open(stage, "r+b" if size else "wb") as stream:
+        stream.truncate(size)
+        stream.seek(size)
+        if not size:
+            stream.write(head)
+        for make in frames[done:]:
+            stream.write(_sealed(*make()))
+        stream.flush()
+        digest = _digest(stage)
+        stream.write(_sealed(b"end ", END.pack(len(frames), digest)))
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def _sealed(tag: bytes, payload: bytes) -> bytes:
@@ -332,12 +340,10 @@ class _Format:
             return path.suffix == SUFFIX or stream.read(len(MAGIC)) == MAGIC
 
     @staticmethod
-    def load(
-        root: nn.Module, path: Path, *, name: str | None, trainable: bool, active: bool | None, check_base: bool = True
-    ) -> str:
-        """Attach the compressed adapter in the file ``path`` to its base."""
+    def load(root: nn.Module, path: Path, *, name: str | None, check_base: bool = True, **how: Any) -> str:
+        """Attach the compressed adapter in the file ``path`` to its base; ``how``: ``trainable`` and ``active`` of ``install``."""
         own, adapters, tensors = _Format.read(root, path, check_base=check_base)
-        return install(root, adapters, tensors, name=name or own, trainable=trainable, active=active, source=str(path))
+        return install(root, adapters, tensors, name=name or own, source=str(path), **how)
 
     @staticmethod
     def read(

@@ -20,9 +20,12 @@ def command(
     """Evaluate a saved adapter on its base, or predict."""
     from rich.console import Console
 
+    from trimtab.core.folders import apart
     from trimtab.training import evaluate
     from trimtab.training.files import write_text
 
+    if predictions is not None:
+        apart(predictions, [on, run])
     console = Console()
     result = evaluate(run, on=on, inputs=text, console=console)
     if text:

@@ -5,20 +5,19 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections.abc import Collection, Iterable, Sequence
 from functools import lru_cache
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from trimtab.compat.tensor_files import SUFFIXES
 from trimtab.compat.tensor_files import read_tensors as read_stored
 from trimtab.core.errors import CheckpointMismatch, Unsupported
-from trimtab.core.files import sync
+from trimtab.core.files import sweep
+from trimtab.core.folders import DRAFT, renewed, tensors_in, waiting, writing
 from trimtab.core.reading import check_fields, check_pattern, listed, read_json
 
 __all__ = [
@@ -165,36 +164,28 @@ def factor_places(folder: Path, tensors: dict[str, Tensor]) -> list[dict[str, An
 
 
 def write_folder(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
-    """Write both files so that no interruption mixes old and new ones.
+    """Write both files so that no interruption mixes old and new ones, whoever reads them.
 
-    A new folder, or one whose config differs, is made beside the old one and renamed into its place; for an equal config
-    the tensors' file alone is replaced. Other files in the folder are kept.
+    For an equal config the tensors' file alone is replaced; otherwise a new folder takes the old one's place in one step. What
+    else is in the folder stays there. Two writers come one after the other.
+
+    Raises:
+        WriteError: a full disk, a read-only folder.
     """
     folder = folder.resolve()
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     tensors = {key: value.detach().to("cpu").contiguous().clone() for key, value in tensors.items()}
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    same = (folder / CONFIG).is_file() and (folder / CONFIG).read_text("utf-8") == text and not (folder / PICKLE).exists()
-    draft = folder if same else folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    draft.mkdir(exist_ok=True)
-    part = draft / f".{TENSORS}.{os.getpid()}.part"
-    save_file(tensors, part, metadata={"format": "pt"})
-    sync(part)
-    os.replace(part, draft / TENSORS)
-    if same:
-        return folder
-    (draft / CONFIG).write_text(text, "utf-8")
-    sync(draft / CONFIG)
-    if not folder.exists():
-        os.rename(draft, folder)
-        return folder
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    os.rename(folder, old)
-    os.rename(draft, folder)
-    for entry in old.iterdir():
-        if entry.name not in (CONFIG, TENSORS, PICKLE):
-            os.replace(entry, folder / entry.name)
-    shutil.rmtree(old)
+    with writing(folder), waiting(folder, "saves"):
+        sweep(folder)
+        sweep(folder / DRAFT)
+        if (folder / CONFIG).is_file() and (folder / CONFIG).read_bytes() == text.encode() and (folder / TENSORS).is_file():
+            with tensors_in(folder, tensors) as draft:
+                os.replace(draft, folder / TENSORS)
+            return folder
+        with renewed(folder, (CONFIG, TENSORS, PICKLE)) as stage:
+            with tensors_in(stage, tensors) as draft:
+                os.replace(draft, stage / TENSORS)
+            (stage / CONFIG).write_text(text, "utf-8")
     return folder
 
 

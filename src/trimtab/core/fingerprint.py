@@ -24,7 +24,7 @@ adapter are not looked at. Manifests from before storages were noted may differ 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ from trimtab.core.contracts import Adapter
 from trimtab.core.errors import CheckpointMismatch
 from trimtab.core.site import Site, dense, gathered, is_quantised
 
-__all__ = ["compare", "storage", "take"]
+__all__ = ["compare", "difference", "join", "storage", "take"]
 
 TENSORS = 32
 SAMPLES = 32
@@ -199,6 +199,32 @@ def compare(
         )
 
 
+def difference(one: dict[str, Any], other: dict[str, Any]) -> str | None:
+    """Why two stored samples cannot be of one base, in words; None if they can be."""
+    pairs = []
+    for key, values in one["samples"].items():
+        theirs = other["samples"].get(key, ())
+        both = [(a, b) for a, b in zip(values, theirs, strict=False) if a is not None and b is not None]
+        if both and len(values) == len(theirs):
+            now, then = torch.tensor(both, dtype=torch.float64).unbind(1)
+            pairs.append(_Pair(key, now, then, *(each.get("storage", {}).get(key, _UNKNOWN) for each in (one, other))))
+    digits = {each.get("digits", "float64") for each in (one, other)} - {"float64"}
+    return _difference(pairs, digits.pop() if digits else "float64")
+
+
+def join(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Several samples of one base as one; the first that has a tensor counts."""
+    known = next((each for each in samples if each["samples"]), samples[0])
+    found: dict[str, Any] = {**known, "samples": {}, "storage": {}}
+    for each in samples:
+        if each.get("digits") == known.get("digits"):
+            found["samples"] = {**each["samples"], **found["samples"]}
+            found["storage"] = {**each.get("storage", {}), **found["storage"]}
+    if any("storage" not in each for each in samples if each["samples"]):
+        found.pop("storage")  # one is from before storages were noted
+    return found
+
+
 class _Pair:
     """Values of one tensor now and then, and how both are stored."""
 
@@ -211,7 +237,7 @@ class _Pair:
     def limit(self) -> float:
         """The relative error that the storages explain; 0 where rounding must explain it, value by value."""
         now, then = self.kinds
-        if then == _UNKNOWN:
+        if _UNKNOWN in self.kinds:
             return _FOUR
         error = max(_tolerance(now), _tolerance(then))
         return min(error, _SAME) if now == then else error

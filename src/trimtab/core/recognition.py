@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.core.errors import CheckpointMismatch, Unsupported, nearest
+from trimtab.core.folders import recover
 from trimtab.core.reading import listed, regular_size
 
 __all__ = ["MANIFEST", "check_options", "recognise"]
@@ -25,6 +26,7 @@ def recognise(path: Path, formats: Callable[[], Mapping[str, Any]]) -> str:
         CheckpointMismatch: nothing that is known, with a word on what it is; or damaged, so that it cannot be told.
     """
     path = Path(path)
+    recover(path)
     if (path / MANIFEST).exists():
         return "trimtab"
     if not path.exists():

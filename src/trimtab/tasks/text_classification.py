@@ -11,6 +11,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trimtab.compat.head_file import read_head
+from trimtab.core.errors import CheckpointMismatch
 from trimtab.tasks import Bundle, Task, task
 from trimtab.training.config import TrainConfig
 from trimtab.training.data import Row, load_rows, load_splits
@@ -59,6 +61,41 @@ class PooledClassifier(nn.Module):
         self.classifier = nn.Linear(encoder.config.hidden_size, classes)
         nn.init.normal_(self.classifier.weight, std=0.02)
         nn.init.zeros_(self.classifier.bias)
+
+    @classmethod
+    def from_merged(cls, folder: str | Path, *, pooling: str | None = None) -> PooledClassifier:
+        """The classifier that ``tt.merge_checkpoint`` wrote to ``folder``, in evaluation mode; ``config.id2label`` has its labels.
+
+        Args:
+            pooling: only for a folder that does not say it.
+
+        Raises:
+            CheckpointMismatch: the folder holds no such classifier, is damaged, or says another pooling or none.
+        """
+        from transformers import AutoModel
+
+        entry, tensors = read_head(Path(folder))
+        said = entry.get("pooling") or pooling
+        whole = sorted(tensors) == ["classifier.bias", "classifier.weight"] and entry.get("class") == cls.__name__
+        if not whole or said not in ("mean", "cls") or (pooling or said) != said:
+            raise CheckpointMismatch(
+                f"{folder} holds the head of a {entry.get('class')} ({', '.join(sorted(tensors))}) with pooling "
+                f"{entry.get('pooling')!r}, not that of a {cls.__name__} with pooling {pooling or 'mean or cls'}; where it says "
+                "none, say pooling=..."
+            )
+        encoder = load_pretrained(AutoModel.from_pretrained, str(folder))
+        encoder.pooler = None
+        labels = entry.get("labels") or [f"LABEL_{i}" for i in range(tensors["classifier.weight"].shape[0])]
+        encoder.config.id2label = dict(enumerate(labels))
+        encoder.config.label2id = {label: i for i, label in enumerate(labels)}
+        model = cls(encoder, len(labels), pooling=said, dropout=0.0)
+        model.load_state_dict(tensors, strict=False)
+        return model.eval()
+
+    @property
+    def saved_notes(self) -> dict[str, Any]:
+        """What an adapter of this model remembers of it."""
+        return {"pooling": self.pooling}
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor) -> dict[str, Tensor]:
         """Token ids and mask, both ``(n, tokens)``, to ``{"logits": (n, classes)}``."""
@@ -182,12 +219,12 @@ def _model(config: TextClassificationConfig, labels: list[str], tokenizer: Any) 
 
     torch.manual_seed(config.seed)  # the head's start
     dropout = {} if config.dropout is None else _dropouts(config)
+    names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     if config.pooling == "own":
-        names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
         model = load_pretrained(AutoModelForSequenceClassification.from_pretrained, config.model, **names, **dropout)
         model.config.pad_token_id = tokenizer.pad_token_id  # decoders read the last token that is no padding
         return model
-    encoder = load_pretrained(AutoModel.from_pretrained, config.model, **dropout)
+    encoder = load_pretrained(AutoModel.from_pretrained, config.model, **names, **dropout)
     if getattr(encoder, "pooler", None) is not None:
         encoder.pooler = None  # it would be computed and thrown away, and an adapter on it would get no gradient
     return PooledClassifier(encoder, len(labels), pooling=config.pooling, dropout=config.head_dropout)
