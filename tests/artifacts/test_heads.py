@@ -186,3 +186,27 @@ def test_a_projection_keeps_or_drops_the_head(tmp_path) -> None:
     tt.save(model, tmp_path / "n", name="n")
     with pytest.raises(tt.Unsupported, match="only a head is kept"):
         tt.project(tmp_path / "n", tmp_path / "s", target=other, source=model)
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["now", "a manifest from before storages were noted"])
+def test_a_saved_classifier_loads_onto_the_base_with_another_random_head(old, tmp_path) -> None:
+    from trimtab.core.adapter_folder import seal_of
+
+    model = pooled(seed=0)
+    wanted_of = trained(tmp_path / "a", model)
+    entry = manifest(wanted_of)
+    assert not any("classifier" in key for key in entry["base"]["samples"])
+    if old:
+        entry["base"].pop("storage")
+        weight = pooled(seed=0).classifier.weight.detach().reshape(-1)[:: 3 * 32 // 32][:32]
+        entry["base"]["samples"]["classifier.weight"] = [round(v, 8) for v in weight.tolist()]
+        (wanted_of / "manifest.json").write_text(json.dumps(entry | {"seal": seal_of(entry)}))
+    fresh = pooled(seed=9)
+    tt.load(fresh, wanted_of)
+    torch.testing.assert_close(
+        fresh(input_ids=IDS, attention_mask=MASK)["logits"], model(input_ids=IDS, attention_mask=MASK)["logits"]
+    )
+    torch.manual_seed(0)
+    other = named(PooledClassifier(make("bert", seed=4), 3, pooling="mean", dropout=0.0).eval())
+    with pytest.raises(tt.CheckpointMismatch, match="made for another base"):
+        tt.load(other, wanted_of)

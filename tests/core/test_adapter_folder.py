@@ -100,7 +100,10 @@ def test_files_of_others_stay_whatever_their_names(pair) -> None:
         (folder / name).write_text(name)
     for i in (1, 0, 0, 1):
         tt.save(models[i], folder, format=format)
-    assert all((folder / name).read_text() == name for name in foreign) and torch.equal(output(folder), wanted[1])
+    assert all((folder / name).read_text() == name for name in foreign)
+    for name in foreign:  # a reader of peft's form refuses tensors beside the adapter, which may belong to it
+        (folder / name).unlink()
+    assert torch.equal(output(folder), wanted[1])
 
 
 def test_a_manifest_that_lies_removes_nothing(tmp_path) -> None:

@@ -47,14 +47,17 @@ class LiveBase:
         return None if value is None or value.is_meta else value
 
 
-def check(base: Base, stored: dict[str, Any], source: str, *, view: Callable[[str, Tensor], Tensor] | None = None) -> None:
-    """Compare the sample of a base's weights that an adapter carries with ``base``; ``view``: what of a tensor it was taken of.
+def check(
+    base: Base, stored: dict[str, Any], source: str, *, adapters: Sequence[Adapter],
+    view: Callable[[str, Tensor], Tensor] | None = None,
+) -> None:  # fmt: skip
+    """Compare the sample of a base's weights that ``adapters`` carry with ``base``; ``view``: what of a tensor it was taken of.
 
     Raises:
         CheckpointMismatch: they are another base's.
     """
     more = {} if view is None else {"view": view}
-    fingerprint.compare(base.root, stored, source, value=base.value, **more)
+    fingerprint.compare(base.root, stored, source, value=base.value, adapters=adapters, **more)
 
 
 def sample_of(base: Base, adapters: Sequence[Adapter]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from trimtab.compat.head_file import HEAD, HEAD_TENSORS, head_entry
 from trimtab.compat.pretrained import Pretrained, read_files
 from trimtab.compat.weight_names import lacking
 from trimtab.core.errors import CheckpointMismatch, NotMergeable, TrimtabError, raise_all
-from trimtab.core.folders import apart
+from trimtab.core.folders import absent, apart
 from trimtab.core.host import BiasOf
 from trimtab.core.merging import INTO, report_table
 from trimtab.core.state import parameter_users
@@ -79,7 +79,7 @@ def merge_checkpoint(
     """
     paths = [adapters] if isinstance(adapters, str | os.PathLike) else list(adapters)
     out = apart(out, [*paths, base])
-    if out.exists():
+    if not absent(out):
         raise NotMergeable(f"{out} exists already; choose another folder for the merged model")
     if into not in INTO:
         raise NotMergeable(f"into= must be one of {INTO}, found {into!r}")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from trimtab.artifacts.base import Base, check, sample_of, values_in
 from trimtab.artifacts.skeleton import skeleton
+from trimtab.core.adapter_folder import adapter_in
 from trimtab.core.checkpoint import fill, formats, read_manifest, read_saved, rebuild
 from trimtab.core.contracts import Adapter
 from trimtab.core.errors import Unsupported
@@ -84,7 +85,7 @@ def open_saved(path: str | os.PathLike, base: Base | None = None, **options: Any
         CheckpointMismatch: damaged, foreign, or another base's. NoMatch, ShapeMismatch: it does not fit the base.
         Unsupported: its format needs the base.
     """
-    path = Path(path)
+    path = adapter_in(Path(path))
     kind = detect(path)
     notes: dict[str, Any] = {}
     check_options(kind, None if kind == "trimtab" else formats()[kind], options, path)
@@ -100,7 +101,7 @@ def open_saved(path: str | os.PathLike, base: Base | None = None, **options: Any
             manifest, tensors, view = widened(root, manifest, tensors)
         adapters = rebuild(root, manifest)
         if base is not None:
-            check(base, sample, str(path), view=view)
+            check(base, sample, str(path), adapters=adapters, view=view)
         if view is not None:  # what is made of it is for the whole base
             sample = sample_of(base, adapters)
     else:

@@ -16,16 +16,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from trimtab.core.errors import CheckpointMismatch
+from trimtab.core.errors import CheckpointMismatch, NoMatch
 from trimtab.core.files import stage_of, staged, sweep
 from trimtab.core.folders import DRAFT, recover, steady, tensors_in, waiting, writing
 from trimtab.core.manifest import check_manifest
 from trimtab.core.reading import inside, read_json
 from trimtab.core.recognition import MANIFEST
 
-__all__ = ["MANIFEST", "VERSION", "read_manifest", "read_saved", "read_tensors", "seal_of", "sha256_of", "write_folder"]
+__all__ = ["BESIDE", "MANIFEST", "VERSION", "read_manifest", "read_saved", "read_tensors", "seal_of", "sha256_of", "write_folder"]
 
 VERSION = 1
+#: the folder of the adapters that stand beside a model's weights
+BESIDE = "trimtab"
 _TENSORS = re.compile(r"adapter-[0-9a-f]{12}\.safetensors")
 _NOTE = re.compile(rf"\.({_TENSORS.pattern})\.[0-9a-f]{{8}}\.old")
 
@@ -43,6 +45,31 @@ def sha256_of(file: Path) -> str:
 
 
 # -- reading
+
+
+def adapter_in(folder: Path, name: str | None = None) -> Path:
+    """The folder of the adapter that is meant by ``folder``: itself, or one that was saved beside a model's weights there.
+
+    Args:
+        name: which one, where there are several.
+
+    Raises:
+        NoMatch: there are several, and ``name`` is none of them.
+    """
+    folder = Path(folder)
+    if (folder / MANIFEST).exists() or not (folder / BESIDE).is_dir():
+        return folder
+    found = {read_manifest(each)["name"]: each for each in sorted((folder / BESIDE).iterdir()) if (each / MANIFEST).is_file()}
+    if not found:
+        return folder
+    if len(found) == 1:
+        return next(iter(found.values()))
+    if name not in found:
+        raise NoMatch(
+            f"{folder} holds the adapters {', '.join(map(repr, found))} beside its weights; say which one with name=..., or give "
+            f"its folder, such as {next(iter(found.values()))}"
+        )
+    return found[name]
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core import cut, fingerprint
-from trimtab.core.adapter_folder import MANIFEST, VERSION, read_manifest, read_saved, read_tensors, write_folder
+from trimtab.core.adapter_folder import MANIFEST, VERSION, adapter_in, read_manifest, read_saved, read_tensors, write_folder
 from trimtab.core.adapter_folder import seal_of as _seal
 from trimtab.core.adapter_folder import sha256_of as _hash
 from trimtab.core.attach import mount_group, remove_group
@@ -113,6 +113,7 @@ def load(
     """
     root = unwrap(model)
     folder = Path(path)
+    folder = adapter_in(folder, name)
     kind = recognise(folder, formats)
     other = formats()[kind] if kind != "trimtab" else None
     check_options(kind, other, options, folder)
@@ -123,7 +124,7 @@ def load(
     cut.check(root, manifest, str(folder))
     adapters = rebuild(root, manifest)
     if check_base:
-        fingerprint.compare(root, manifest["base"], str(folder))
+        fingerprint.compare(root, manifest["base"], str(folder), adapters=adapters)
     return install(root, adapters, tensors, name=name, trainable=trainable, active=active, source=str(folder))
 
 
@@ -343,10 +344,11 @@ def inspect(path: str | os.PathLike) -> dict[str, Any]:
     Raises:
         CheckpointMismatch: damaged, or no adapter. Unsupported: another library's.
     """
-    kind = recognise(Path(path), formats)
+    folder = adapter_in(Path(path))
+    kind = recognise(folder, formats)
     if kind != "trimtab":
-        return formats()[kind].inspect(Path(path))
-    manifest, tensors = read_saved(Path(path))
+        return formats()[kind].inspect(folder)
+    manifest, tensors = read_saved(folder)
     if sorted(tensors) != sorted(manifest["tensors"]):
         raise CheckpointMismatch(f"{path} is damaged: its tensors are not those that the manifest lists")
     return manifest

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.core.contracts import Adapter
+from trimtab.core.contracts import Adapter, Selection
 from trimtab.core.errors import CheckpointMismatch
 from trimtab.core.site import Site, dense, gathered, is_quantised
 
@@ -160,12 +160,14 @@ def compare(
     stored: dict[str, Any],
     source: str,
     *,
+    adapters: Iterable[Adapter] = (),
     view: Callable[[str, Tensor], Tensor] = lambda key, tensor: tensor,
     value: Callable[[str, str], Tensor | None] | None = None,
 ) -> None:
     """Check the sample in a manifest against ``root``'s weights; see the module's docstring for what it can tell.
 
     Args:
+        adapters: those that the sample belongs to: manifests from before storages were noted sampled heads, too.
         view: ``(path.tensor, tensor) -> tensor``: what of a weight the sample was taken of, if not all of it.
         value: ``(path, parameter) -> tensor`` for a base whose values are elsewhere, None where it has none.
 
@@ -174,7 +176,10 @@ def compare(
     """
     pairs: list[_Pair] = []
     kinds = stored.get("storage")
+    heads = {f"{a.site.path}.{a.site.tensor}" for a in adapters if isinstance(a, Selection) and a.site.role == "head"}
     for key, values in stored["samples"].items():
+        if kinds is None and key in heads:
+            continue
         path, _, tensor = key.rpartition(".")
         try:
             module = root.get_submodule(path)

@@ -19,7 +19,7 @@ from torch import Tensor
 from trimtab.core.errors import Busy, TrimtabError, Unsupported, WriteError
 from trimtab.core.files import _begun, exchange, locked, stage_of, sweep, sync
 
-__all__ = ["apart", "recover", "renewed", "steady", "tensors_in", "waiting", "writing"]
+__all__ = ["apart", "absent", "recover", "renewed", "steady", "tensors_in", "waiting", "writing"]
 
 PATIENCE = 600.0  # seconds that a writer waits for another one
 DRAFT = "adapter"  # what drafts of tensors are named after
@@ -60,6 +60,15 @@ def apart(out: str | os.PathLike, inputs: Iterable[str | os.PathLike | object]) 
         if same or (target.exists() and there.exists() and os.path.samefile(target, there)):
             raise Unsupported(f"{target} is one of the inputs, and writing there would overwrite it; choose another place")
     return target
+
+
+def absent(out: Path) -> bool:
+    """Whether there is nothing at ``out``; the lock of a writer that was killed after its last step is taken away."""
+    if not os.path.lexists(out):
+        return True
+    with contextlib.suppress(Busy, OSError), locked(out, "writes"):
+        pass
+    return False
 
 
 @contextmanager
