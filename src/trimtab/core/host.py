@@ -90,6 +90,10 @@ class Host(nn.Module):
         # stands on a module below it; the host itself is never called, so this costs nothing
         self.register_forward_pre_hook(_no_shortcut)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # children are adapters, entered in ``_modules`` by ``slots``; one may be called "whole" or "route" like an attribute
+        object.__setattr__(self, name, value)
+
     def adapters(self, name: str) -> list[Adapter]:
         """The adapters called ``name`` at this module."""
         slots = self._modules.get(escape(name))
