@@ -14,6 +14,7 @@ from trimtab.core.calibrate import site_activations, site_gradients
 from trimtab.core.contracts import ActivationAdapter, Adapter, MethodConfig, Selection, TokenAdapter
 from trimtab.core.errors import NoMatch, ShapeMismatch, TrimtabError, Unsupported, raise_all
 from trimtab.core.guard import watch
+from trimtab.core.kinds import site_for
 from trimtab.core.mounting import feed, mount, serve
 from trimtab.core.places import sites_of
 from trimtab.core.removal import detach, remove_adapters, remove_group
@@ -140,6 +141,7 @@ def plan_sites(
         except TrimtabError as error:
             problems.append(error)
     raise_all(problems)
+    _follow_ties(root, anatomy, found)
     assignments = list(found.values())
     for _, site in assignments:
         site.head_size = anatomy.facts[site.block]["head_size"] if site.block is not None else None
@@ -182,6 +184,19 @@ def _width(anatomy: Any, place: Place) -> int | None:
     return anatomy.facts[place.block or 0]["width"] if anatomy.blocks else None
 
 
+def _follow_ties(root: nn.Module, anatomy: Any, found: dict[tuple[str, str], Assignment]) -> None:
+    """Add the other ends of tied tensors, for methods that change a tie as one."""
+    tied = [entry for entry in found.values() if type(entry[0]).adapter_class.whole_ties and entry[1].tensor]
+    users = parameter_users(root) if tied else {}
+    for config, site in tied:
+        for name in users[id(site.parameter())]:
+            path, _, tensor = name.rpartition(".")
+            place = Place(path, anatomy.modules[path], role=anatomy.roles.get(path), block=anatomy.block_of(path))
+            other = site_for(place, tensor)
+            other.layer = site.layer
+            found.setdefault((other.path, other.slot), (config, other))
+
+
 def _refuse_ties(root: nn.Module, assignments: list[Assignment]) -> None:
     """A tied tensor is one site: no two adapters of one attach on it, and no selection that would cut the tie.
 
@@ -191,7 +206,7 @@ def _refuse_ties(root: nn.Module, assignments: list[Assignment]) -> None:
     users = parameter_users(root)
     seen: dict[int, Site] = {}
     for config, site in assignments:
-        if site.kind == "module" or site.rows is not None:
+        if site.kind == "module" or site.rows is not None or type(config).adapter_class.whole_ties:
             continue
         others = [n for n in users[id(site.parameter())] if n != ".".join(filter(None, (site.path, site.tensor)))]
         if others and (
