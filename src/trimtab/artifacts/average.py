@@ -35,8 +35,11 @@ from trimtab.core.errors import CheckpointMismatch, NoMatch, NotMergeable, Shape
 __all__ = ["Average", "Checkpoint", "average", "checkpoints_of", "mean"]
 
 STEPS, RECORD = "steps", "record.json"
-#: what counts, and under which name it is recorded
-RECORDED = {"loss": "loss", "step": "step", "score": "eval_accuracy"}
+#: which way recorded values get better: of every run, and of tasks of runs that did not record it yet
+BETTER = {
+    **dict.fromkeys(["loss", "last_loss", "eval_loss"], "lower"), "step": "higher",
+    **dict.fromkeys(["eval_accuracy", "eval_macro_f1", "eval_token_accuracy"], "higher"),
+}  # fmt: skip
 SAME = 1e-3  # a relative gap that rounding explains
 
 
@@ -47,11 +50,12 @@ class Checkpoint:
     Attributes:
         folder: where it is.
         record: what was measured when it was saved: ``step``, ``loss`` (the mean of the training loss since the checkpoint
-            before), ``last_loss``, ``eval_...``.
+            before), ``last_loss``, ``eval_...``; ``metric``, the one that the run chose its best adapter by, and ``better``,
+            which way each gets better.
     """
 
     folder: Path
-    record: Mapping[str, float] = field(default_factory=dict)
+    record: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -113,7 +117,7 @@ def checkpoints_of(source: str | os.PathLike | Sequence[str | os.PathLike]) -> l
     return [Checkpoint(folder, _record(folder)) for folder in folders]
 
 
-def _record(folder: Path) -> dict[str, float]:
+def _record(folder: Path) -> dict[str, Any]:
     file = folder / RECORD
     return json.loads(file.read_text("utf-8")) if file.is_file() else {}
 
@@ -131,6 +135,7 @@ def average(
     stride: int = 1,
     best: int | None = None,
     metric: str | None = None,
+    better: str | None = None,
     space: str = "factors",
     rank: int | None = None,
     model: nn.Module | None = None,
@@ -149,7 +154,9 @@ def average(
         weights: the weights themselves, of sum 1.
         last, stride: the newest ``last`` checkpoints, every ``stride``-th counted back from the newest; several ``last`` are tried.
         best: of those, the ``best`` by validation metric alone.
-        metric: the recorded value that ``by`` and ``best`` mean, such as ``last_loss``, ``eval_loss`` or ``eval_accuracy``.
+        metric: the recorded value that ``by`` and ``best`` mean, such as ``last_loss``, ``eval_loss`` or ``eval_accuracy``; None:
+            the training loss for ``by="loss"``, and the metric that the run chose by for ``by="score"`` and ``best``.
+        better: ``"higher"`` or ``"lower"``, of a ``metric`` whose run did not record it.
         space: ``factors`` averages what is saved; ``update`` what it does to the weights, stored as a LoRA of ``rank``.
         rank: of ``space="update"``; None: exact, the sum of the ranks.
         model: the base, for trials and for updates that depend on it.
@@ -165,7 +172,7 @@ def average(
         raise Unsupported(f"space must be 'factors' or 'update', found {space!r}")
     if rank is not None and space == "factors":
         raise Unsupported("a rank belongs to space='update'; averaged factors keep the rank that they have")
-    choose = {"by": by, "values": values, "weights": weights, "stride": stride, "best": best, "metric": metric}
+    choose = {"by": by, "values": values, "weights": weights, "stride": stride, "best": best, "metric": metric, "better": better}
     plans = [(setting, *_weighted(found, setting, **choose)) for setting in settings]
     trials: list[dict[str, Any]] = []
     if len(plans) > 1:
@@ -207,7 +214,7 @@ def _settings(scheme: Any, strength: Any, last: Any) -> list[dict[str, Any]]:
 
 def _weighted(
     found: list[Checkpoint], setting: Mapping[str, Any], *, by: str, values: Sequence[float] | None,
-    weights: Sequence[float] | None, stride: int, best: int | None, metric: str | None,
+    weights: Sequence[float] | None, stride: int, best: int | None, metric: str | None, better: str | None,
 ) -> tuple[list[Checkpoint], list[float]]:  # fmt: skip
     """Which checkpoints count, and their weights of sum 1."""
     for name, each in (("values", values), ("weights", weights)):
@@ -216,7 +223,7 @@ def _weighted(
     try:
         chosen = last_of(len(found), setting["last"], stride)
         if best is not None:
-            chosen = _best(found, chosen, best, metric)
+            chosen = _best(found, chosen, best, metric, better)
         if weights is not None:
             picked = [float(weights[i]) for i in chosen]
             if not all(map(math.isfinite, picked)) or not math.isclose(math.fsum(picked), 1, abs_tol=1e-6):
@@ -225,7 +232,8 @@ def _weighted(
         if setting["scheme"] == "uniform":
             return [found[i] for i in chosen], [1 / len(chosen)] * len(chosen)
         if values is None:
-            key = metric if metric is not None and not (by == "step") else RECORDED.get(by, "loss")
+            key = _key(found[-1], by, metric)
+            _check_direction(found[-1], key, by, better)
             values = [_recorded(checkpoint, key) if i in chosen else math.nan for i, checkpoint in enumerate(found)]
         strength = 1.0 if setting["strength"] is None else setting["strength"]
         given = checkpoint_weights([values[i] for i in chosen], scheme=setting["scheme"], by=by, strength=strength)
@@ -238,18 +246,46 @@ def _weighted(
 
 def _recorded(checkpoint: Checkpoint, key: str) -> float:
     if key not in checkpoint.record:
-        known = ", ".join(sorted(checkpoint.record)) or "nothing"
+        known = ", ".join(sorted(set(checkpoint.record) - {"metric", "better"})) or "nothing"
         raise NoMatch(f"{checkpoint.folder} has no {key} recorded (there is {known}); pass values=, or another metric=")
     return float(checkpoint.record[key])
 
 
-def _best(found: list[Checkpoint], chosen: list[int], best: int, metric: str | None) -> list[int]:
+def _key(checkpoint: Checkpoint, by: str, metric: str | None) -> str:
+    """The recorded value that counts."""
+    if by == "step":
+        return "step"
+    return metric or (checkpoint.record.get("metric", "eval_accuracy") if by == "score" else "loss")
+
+
+def _direction(checkpoint: Checkpoint, key: str, better: str | None) -> str:
+    """Which way the recorded value ``key`` gets better; no name is guessed at."""
+    if better is not None and better not in ("higher", "lower"):
+        raise Unsupported(f"better must be 'higher' or 'lower', found {better!r}")
+    found = {**BETTER, **checkpoint.record.get("better", {})}.get(key)
+    if better is not None and found not in (None, better):
+        raise Unsupported(f"{checkpoint.folder} has recorded that {key} is better when {found}, and better={better!r} was asked")
+    if found is None and better is None:
+        raise Unsupported(f"{checkpoint.folder} does not tell which way {key} gets better; pass better='lower' or better='higher'")
+    return found or better
+
+
+def _check_direction(checkpoint: Checkpoint, key: str, by: str, better: str | None) -> None:
+    wanted = "lower" if by == "loss" else "higher"
+    if key in checkpoint.record and _direction(checkpoint, key, better) != wanted:
+        other = "score" if by == "loss" else "loss"
+        raise Unsupported(f"{key} is not better when {wanted}, which is what by={by!r} weighs more; take by={other!r}")
+
+
+def _best(found: list[Checkpoint], chosen: list[int], best: int, metric: str | None, better: str | None) -> list[int]:
     """The ``best`` of the chosen by a validation metric, in the run's order; of equals the later ones."""
     if best < 1:
         raise Unsupported(f"best must be at least 1, found {best}")
-    key = metric if metric is not None and metric.startswith("eval_") else RECORDED["score"]
-    sign = -1.0 if key.endswith("loss") else 1.0
-    order = sorted(chosen, key=lambda i: (sign * _recorded(found[i], key), i), reverse=True)
+    key = _key(found[-1], "score", metric if metric is not None and metric.startswith("eval_") else None)
+    values = {i: _recorded(found[i], key) for i in chosen}
+    sign = 1.0 if _direction(found[-1], key, better) == "higher" else -1.0
+    goodness = {i: -math.inf if math.isnan(value) else sign * value for i, value in values.items()}
+    order = sorted(chosen, key=lambda i: (goodness[i], i), reverse=True)
     return sorted(order[:best])
 
 
@@ -316,5 +352,5 @@ def _try(
             for key, value in mean(tensors, weights).items():
                 live[key].copy_(value)
             rows.append({**setting, "score": float(score(model))})
-    best = max(range(len(rows)), key=lambda i: rows[i]["score"])
+    best = max(range(len(rows)), key=lambda i: -math.inf if math.isnan(rows[i]["score"]) else rows[i]["score"])
     return plans[best], rows

@@ -6,12 +6,13 @@ adapter are copied byte by byte. Finished files are kept when the work is interr
 
 from __future__ import annotations
 
+import copy
+import functools
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from trimtab.artifacts.combine import check_weights, common_base
 from trimtab.artifacts.folder_base import local_folder, open_folder
@@ -20,10 +21,13 @@ from trimtab.artifacts.rules import rule_entry
 from trimtab.artifacts.saved import class_of, open_saved
 from trimtab.artifacts.shards import Staging
 from trimtab.artifacts.updates import effects_of, whole_value
-from trimtab.compat.pretrained import Pretrained
+from trimtab.compat import ties
+from trimtab.compat.pretrained import Pretrained, read_files
+from trimtab.compat.weight_names import lacking
 from trimtab.core.errors import CheckpointMismatch, NotMergeable, TrimtabError, raise_all
 from trimtab.core.host import BiasOf
 from trimtab.core.merging import INTO, report_table
+from trimtab.core.state import parameter_users
 from trimtab.core.table import Table
 
 __all__ = ["merge_checkpoint"]
@@ -54,7 +58,8 @@ def merge_checkpoint(
         into: for a quantised base, said explicitly: ``"dequantised"`` writes a dense checkpoint, ``"requantised"`` quantises the
             changed weights again in the same format and leaves the others.
         max_error: refuse if any tensor's relative output error, from rounding to the base's dtype, is larger.
-        untie: give a tied tensor's other users the old values.
+        untie: give a tied tensor's other users the old values. The config written then says that nothing is tied, and every
+            name that it tied has a tensor of its own.
 
     Returns:
         The report of ``tt.merge``, a row a tensor; it is also in ``trimtab_merge.json`` beside the weights.
@@ -95,7 +100,7 @@ def merge_checkpoint(
             stage.record(name, [list(row) for row in work.report.rows[before:]])
             made_of.forget()
         record = {**made, "base": str(base), "report": work.report.records()}
-        stage.finish(model.folder, outputs, _config(work), record)
+        stage.finish(model.folder, outputs, _config(work), record, partial(_check_whole, work))
     return work.report
 
 
@@ -107,8 +112,10 @@ def _plan(work: Merge, untie: bool) -> list[MergedTensor]:
         here = found.setdefault((site.path, site.tensor), MergedTensor(site, {}))
         here.chains.setdefault(number, []).append([effect])
     raise_all([problem for tensor in found.values() for problem in _place(work, tensor, untie)])
-    if untie and any(tensor.tied for tensor in found.values()):
-        _check_untied(work.base, [t for t in found.values() if t.tied])
+    tied = [tensor for tensor in found.values() if tensor.tied]
+    raise_all(ties.never_called(work.base.root, [tensor.site for tensor in tied], prefix=work.base.prefix))
+    if tied:
+        _untie(work, tied)
     return list(found.values())
 
 
@@ -153,18 +160,57 @@ def _place(work: Merge, tensor: MergedTensor, untie: bool) -> list[TrimtabError]
     return []
 
 
-def _check_untied(base: Pretrained, tensors: list[MergedTensor]) -> None:
-    """Whether the config can say that the tensors are not tied."""
-    import transformers
+def _untie(work: Merge, tensors: list[MergedTensor]) -> None:
+    """Turn the flags off that tie ``tensors``, where they do nothing else, and note the names that need a tensor of their own.
 
-    config = transformers.AutoConfig.from_pretrained(base.folder, tie_word_embeddings=False)
-    with torch.device("meta"):
-        model = type(base.model)(config)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    still = [t for t in tensors if any(parameters.get(other) is parameters.get(t.name) for other in t.tied)]
-    if still:
+    Raises:
+        NotMergeable: they are tied whatever the config says.
+    """
+    base, names = work.base, [t.name for t in tensors]
+    flags = ties.flag_paths(base.model, ties.flags(base.model, names))
+    there = {*base.names.groups, *names}
+    if ties.separable(base.model, flags, base.config):
+        config = copy.deepcopy(base.model.config)
+        for path in flags:
+            setattr(functools.reduce(getattr, path, config), ties.FLAG, False)
+        work.flags, work.model = flags, ties.twin(base.model, config)
+        shared = {name: names for names in parameter_users(work.model).values() for name in names}
+    else:  # transformers leaves tensors untied that a checkpoint holds, and that differ; then all of them must be there
+        listed = {name for pairs in ties.tied_pairs(base.model).values() for pair in pairs for name in pair}
+        shared = {name: [name] if name in listed else group for group in base.ties for name in group}
+    if still := [name for name in names if len(shared[name]) > 1]:
+        name, other = shared[still[0]][:2]
+        raise NotMergeable(f"{name} and {other} are tied in {base.class_name} whatever its config says; merge it in memory")
+    for name in [name for group in base.ties for name in group]:
+        if not there.intersection(shared[name]) and base.group(*_at(base, name)) is not None:
+            work.loose.append(name)
+            there.add(name)
+
+
+def _at(base: Pretrained, name: str) -> tuple[str, str]:
+    """Path in ``root`` and tensor of a parameter of the model."""
+    path, _, tensor = name.rpartition(".")
+    return base.prefix + path, tensor
+
+
+def _check_whole(work: Merge, folder: Path) -> None:
+    """Refuse a checkpoint that lacks a tensor which the base had: transformers would start it at random.
+
+    Raises:
+        NotMergeable: with the names.
+    """
+    base = work.base
+    keys = [key for header in read_files(folder) for key in header.entries]
+    if base.codec is not None and work.into != "dequantised":
+        inside = {part: name for name, parts in base.parts.items() for part in parts}
+        keys = list(dict.fromkeys(inside.get(key, key) for key in keys))
+    gone = lacking(work.model or base.model, keys)
+    if "architectures" not in _config(work):  # else the class is another one than the base was saved from
+        gone -= lacking(base.model, list(base.names.groups_by_key))
+    if gone:
         raise NotMergeable(
-            f"{still[0].name} and {still[0].tied[0]} are tied in {base.class_name} whatever its config says; merge it in memory"
+            f"the merged checkpoint would lack {', '.join(sorted(gone)[:3])}{' ...' if len(gone) > 3 else ''}, which transformers "
+            f"would start at random in a {base.class_name}; {base.folder} has no values for them, and the adapters bring none"
         )
 
 
@@ -173,8 +219,12 @@ def _config(work: Merge) -> dict[str, Any]:
     base, config = work.base, {}
     if base.codec is not None and work.into == "dequantised":
         config["quantization_config"] = None
-    if any(tensor.tied for tensor in work.tensors):
-        config["tie_word_embeddings"] = False
+    for path in work.flags:
+        here, stored = config, base.config
+        for key in path:
+            stored = stored.get(key, {})
+            here = here.setdefault(key, dict(stored))
+        here[ties.FLAG] = False
     heads = [t for t in work.tensors if t.group is None]
     if heads and not base.prefix:  # a head that the class has and the checkpoint had not
         config["architectures"] = [base.class_name]

@@ -48,7 +48,12 @@ class MergedTensor:
 
 @dataclass
 class Merge:
-    """The resolved work."""
+    """The resolved work.
+
+    Attributes:
+        flags: where in the config a flag that ties a merged tensor is turned off; ``model`` is the model without it.
+        loose: names of parameters that shared a tensor through it and need one of their own.
+    """
 
     base: Pretrained
     opened: list[Saved]
@@ -60,6 +65,9 @@ class Merge:
     seed: int
     report: Table
     tensors: list[MergedTensor] = field(default_factory=list)
+    flags: list[tuple[str, ...]] = field(default_factory=list)
+    loose: list[str] = field(default_factory=list)
+    model: nn.Module | None = None
 
 
 def outputs_of(work: Merge, made: Made) -> list[Output]:
@@ -88,9 +96,12 @@ def outputs_of(work: Merge, made: Made) -> list[Output]:
         home, dtype = header.file.name, header.entries[base.keys(t.group)[0]].dtype
         if moved(t):
             outputs[t.name] = Output(home, t.name, dtype, shape, partial(made.own, t))
-        for other in t.tied:
-            if not moved(t) and other not in base.names.groups:
-                outputs[other] = Output(home, other, dtype, shape, partial(base.value, t.site.path, t.site.tensor))
+    for name in work.loose:
+        path, _, tensor = name.rpartition(".")
+        key = base.keys(base.group(base.prefix + path, tensor))[0]
+        header, shape = base.where[key], tuple(base.model.get_parameter(name).shape)
+        value = partial(base.value, base.prefix + path, tensor)
+        outputs[name] = Output(header.file.name, name, header.entries[key].dtype, shape, value)
     return list(outputs.values())
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import struct
 import zlib
@@ -35,6 +36,7 @@ from trimtab.core import cut, fingerprint
 from trimtab.core.checkpoint import FORMATS, install, rebuild
 from trimtab.core.contracts import Adapter
 from trimtab.core.errors import CheckpointMismatch, Unsupported
+from trimtab.core.reading import inflate, parse_json, regular_size
 from trimtab.core.state import unwrap
 
 __all__ = ["Entry", "Frame", "Packed", "frames_of", "write"]
@@ -43,6 +45,10 @@ MAGIC, VERSION, SUFFIX = b"TRIMTERN", 1, ".tern"
 HEAD, FRAME, CRC = struct.Struct("<8sII"), struct.Struct("<4sI"), struct.Struct("<I")
 END = struct.Struct("<I16s")
 ENTRIES = 1 << 22  # of a frame
+STORES = ("ternary", "start", "raw", "float16", "bfloat16", "int8")
+STARTS = ("zero", "made", "base", "held", "other")
+#: entries that a file may stand for: this many, and so many more a byte (at a density of 0.01 % a byte holds some five thousand)
+FREE, DENSEST = 1 << 26, 1 << 13
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,17 @@ class Entry:
         if len(self.shape) < 2 or not 0 < self.shape[-1] <= ENTRIES:
             return self.numel, 1
         return self.numel // self.shape[-1], self.shape[-1]
+
+
+def _is_entry(row: Any) -> bool:
+    """Whether a list of the header can be an ``Entry``."""
+    if not isinstance(row, list) or not 4 <= len(row) <= 7:
+        return False
+    key, dtype, shape, store, start, scale, fitted = row + ["zero", 0.0, False][len(row) - 4 :]
+    names = isinstance(key, str) and isinstance(getattr(torch, str(dtype), None), torch.dtype)
+    sizes = isinstance(shape, list) and len(shape) <= 64 and all(type(n) is int and 0 <= n < 1 << 48 for n in shape)
+    number = isinstance(scale, int | float) and not isinstance(scale, bool) and math.isfinite(scale)
+    return names and sizes and number and store in STORES and start in STARTS and isinstance(fitted, bool)
 
 
 @dataclass(frozen=True)
@@ -204,17 +221,25 @@ class Packed:
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        if not self.path.is_file():
+        if not self.path.exists():
             raise CheckpointMismatch(f"there is no compressed update at {self.path}")
-        self.size = self.path.stat().st_size
+        self.size = regular_size(self.path)
         with open(self.path, "rb") as stream:
             self.header, self.body = self._header(stream)
-        try:
-            self.entries = [Entry(key, dtype, tuple(shape), *rest) for key, dtype, shape, *rest in self.header["tensors"]]
-            self.coding: str = self.header["coding"]
-            self.kind: str = self.header["kind"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise self._bad(HEAD.size, f"its header lacks or garbles {error}") from None
+        if not isinstance(self.header, dict):
+            raise self._bad(HEAD.size, "its header is no JSON object")
+        for key, kind in (("tensors", list), ("coding", str), ("kind", str)):
+            if not isinstance(self.header.get(key), kind):
+                raise self._bad(HEAD.size, f"its header lacks or garbles {key!r}")
+        odd = [row for row in self.header["tensors"] if not _is_entry(row)]
+        if odd:
+            raise self._bad(HEAD.size, f"its header says of a tensor what none has: {repr(odd[0])[:200]}")
+        self.entries = [Entry(key, dtype, tuple(shape), *rest) for key, dtype, shape, *rest in self.header["tensors"]]
+        self.coding: str = self.header["coding"]
+        self.kind: str = self.header["kind"]
+        claimed = sum(entry.numel for entry in self.entries)
+        if claimed > FREE + DENSEST * self.size:
+            raise self._bad(HEAD.size, f"its header claims {claimed:,} numbers for a file of {self.size:,} bytes")
         self.frames = frames_of(self.entries)
 
     def _bad(self, offset: int, what: str) -> CheckpointMismatch:
@@ -235,7 +260,8 @@ class Packed:
             raise self._bad(self.size, f"it ends within its header, which has {length} bytes from byte {HEAD.size} on")
         if zlib.crc32(start + rest[:length]) != CRC.unpack(rest[length:])[0]:
             raise self._bad(HEAD.size, f"the header's {length} bytes do not fit their checksum")
-        return json.loads(zlib.decompress(rest[:length])), HEAD.size + length + CRC.size
+        what = f"the header of {self.path}"
+        return parse_json(inflate(rest[:length], what), what, finite=False), HEAD.size + length + CRC.size
 
     def _names(self, frame: Frame) -> str:
         keys = [self.entries[i].key for i, _, _ in frame.pieces]
@@ -281,7 +307,7 @@ class Packed:
 
         try:
             return unpack_plain(payload, entry.store, entry.dtype, entry.shape)
-        except (ValueError, zlib.error) as error:
+        except (ValueError, RuntimeError) as error:
             raise self._bad(offset, f"{entry.key} cannot be read ({error})") from None
 
     def factors(self, frame: Frame, payload: bytes, offset: int) -> dict[int, Tensor]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from trimtab.core.errors import Unsupported, nearest
+from trimtab.core.reading import inflate
 
 __all__ = ["PLAIN", "pack_plain", "unpack_plain"]
 
@@ -63,10 +64,13 @@ def unpack_plain(payload: bytes, store: str, dtype: str, shape: tuple[int, ...])
     """What ``pack_plain`` was given, rounded as ``store`` says, in the dtype that it had.
 
     Raises:
-        ValueError, zlib.error: the bytes are not those of such a tensor.
+        ValueError: the bytes are not those of such a tensor (``CheckpointMismatch`` is one).
     """
-    data = zlib.decompress(payload[1:]) if payload[:1] == b"\1" else payload[1:]
     kind = getattr(torch, dtype)
+    size = torch.Size(shape).numel()
+    wanted = size * (1 if store == "int8" else (kind if store == "raw" else getattr(torch, store)).itemsize)
+    wanted += 4 * _rows(shape) * (store == "int8")
+    data = inflate(payload[1:], "a stored tensor", most=wanted) if payload[:1] == b"\1" else payload[1:]
     if store == "raw":
         return _tensor(data, kind, shape)
     if store != "int8":

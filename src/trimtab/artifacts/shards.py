@@ -16,10 +16,12 @@ from typing import IO, Any
 from torch import Tensor
 
 from trimtab import __version__
+from trimtab.compat.model_config import read_config
 from trimtab.compat.pretrained import INDEX
 from trimtab.compat.safetensors_file import Header, read_header, write_file
 from trimtab.core.errors import TrimtabError, Unsupported
 from trimtab.core.files import sync
+from trimtab.core.reading import read_json
 
 __all__ = ["Output", "Staging"]
 
@@ -110,28 +112,33 @@ class Staging:
         self.done[file] = rows
         self._put(PROGRESS, {"job": self.job, "done": self.done})
 
-    def finish(self, source: Path, outputs: Sequence[Output], config: dict[str, Any], record: dict[str, Any]) -> None:
+    def finish(
+        self, source: Path, outputs: Sequence[Output], config: dict[str, Any], record: dict[str, Any],
+        check: Callable[[Path], None],
+    ) -> None:  # fmt: skip
         """Copy all that is no weight, write index, config and record, and move the folder to its place.
 
         Args:
             source: the base's folder.
             config: changes of ``config.json``; None takes a key out.
             record: what ``trimtab_merge.json`` holds.
+            check: looks at the folder before it gets its name, and raises if it is not to have it.
         """
         for entry in sorted(source.iterdir()):
             if entry.is_file() and not entry.name.endswith(_WEIGHTS) and not entry.name.startswith((".", "README")):
                 shutil.copyfile(entry, self.folder / entry.name)
         if config:
-            old = json.loads((self.folder / "config.json").read_text("utf-8"))
+            old = read_config(self.folder)
             self._put("config.json", {k: v for k, v in {**old, **config}.items() if v is not None})
         if (source / INDEX).is_file():
-            index = json.loads((source / INDEX).read_text("utf-8"))
+            about = read_json(source / INDEX).get("metadata")
             written = [e for name in {o.file for o in outputs} for e in read_header(self.folder / name).entries.values()]
-            metadata = {**index.get("metadata", {}), "total_size": sum(e.end - e.begin for e in written)}
+            metadata = {**(about if isinstance(about, dict) else {}), "total_size": sum(e.end - e.begin for e in written)}
             if "total_parameters" in metadata:
                 metadata["total_parameters"] = sum(math.prod(e.shape) for e in written)
             self._put(INDEX, {"metadata": metadata, "weight_map": {o.name: o.file for o in sorted(outputs, key=lambda o: o.name)}})
         self._put(RECORD, {"trimtab": __version__, **record})
+        check(self.folder)
         for file in self.folder.iterdir():
             sync(file)
         (self.folder / PROGRESS).unlink(missing_ok=True)

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.artifacts.folder_base import local_folder
+from trimtab.compat.model_config import config_class
 from trimtab.compat.pretrained import read_files
 from trimtab.compat.safetensors_file import DTYPES, Header, read_tensor
 from trimtab.compat.sketch_folder import is_sketch
-from trimtab.core.errors import CheckpointMismatch, Unsupported
+from trimtab.core.errors import Unsupported
 from trimtab.training.errors import ConfigError
 
 __all__ = ["Source", "empty_model"]
@@ -95,18 +96,16 @@ def empty_model(folder: Path) -> nn.Module:
     """The model that ``folder`` configures, its parameters on the meta device, its buffers real.
 
     Raises:
-        ConfigError: transformers does not know it. CheckpointMismatch: there is no configuration.
+        ConfigError: transformers cannot build it. CheckpointMismatch: no configuration, or one that it cannot read.
     """
     import transformers
     from accelerate import init_empty_weights
 
-    if not (folder / "config.json").is_file():
-        raise CheckpointMismatch(f"{folder} is no model folder: it has no config.json")
+    config = config_class(folder)
     try:
-        config = transformers.AutoConfig.from_pretrained(folder)
         cls = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
         with init_empty_weights(include_buffers=False):
-            model: Any = cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
+            model: Any = cls.from_config(config, trust_remote_code=False) if hasattr(cls, "from_config") else cls(config)
     except (OSError, ValueError) as error:
         raise ConfigError(f"transformers cannot build the model in {folder}: {str(error).splitlines()[0]}") from error
     if hasattr(model, "tie_weights"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from trimtab.compat.pretrained import index_of
+from trimtab.compat.safetensors_file import read_header
 from trimtab.core.errors import CheckpointMismatch
+from trimtab.core.reading import inside
 
 __all__ = ["Weights"]
 
@@ -50,7 +52,7 @@ class Weights:
         indexes = sorted(path.glob("*.safetensors.index.json")) if path.is_dir() else []
         files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
         if indexes:
-            named = {path / name for name in json.loads(indexes[0].read_text("utf-8"))["weight_map"].values()}
+            named = {inside(path, name, indexes[0]) for name in index_of(indexes[0]).values()}
             missing = sorted(file.name for file in named if not file.is_file())
             if missing:
                 raise CheckpointMismatch(f"{indexes[0]} names {', '.join(missing)}, which is not there")
@@ -61,6 +63,7 @@ class Weights:
 
     def _reader(self, file: Path) -> Any:
         if self._open is None or self._open[0] != file:
+            read_header(file)  # says at which byte a damaged file is damaged
             try:
                 self._open = (file, safe_open(file, framework="pt"))
             except (SafetensorError, OSError) as error:

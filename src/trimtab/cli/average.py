@@ -22,6 +22,7 @@ def command(
     stride: Annotated[int, typer.Option("--stride", help="Every so-manieth of them, counted back from the newest.")] = 1,
     best: Annotated[int | None, typer.Option("--best", help="Of those, the best by validation alone.")] = None,
     metric: Annotated[str | None, typer.Option("--metric", help="The recorded value that counts, such as eval_loss.")] = None,
+    better: Annotated[str | None, typer.Option("--better", help="higher or lower, of a metric that says neither.")] = None,
     space: Annotated[str, typer.Option("--space", help="factors: what is saved; update: what it does to the weights.")] = "factors",
     rank: Annotated[int | None, typer.Option("--rank", help="Of the result, with --space update.")] = None,
     on: Annotated[str, typer.Option("--on", help="Split of the run's data that several settings are tried on.")] = "validation",
@@ -39,7 +40,7 @@ def command(
 
     settings = {
         "scheme": scheme.split(","), "by": by, "strength": _numbers(strength, float), "last": _numbers(last, int), "stride": stride,
-        "best": best, "metric": metric, "space": space, "rank": rank,
+        "best": best, "metric": metric, "better": better, "space": space, "rank": rank,
     }  # fmt: skip
     print(json.dumps({"checkpoints": [str(path) for path in checkpoints], "out": str(out), **settings, "on": on}))
     run = checkpoints[0] if len(checkpoints) == 1 and (checkpoints[0] / CONFIG).is_file() else None

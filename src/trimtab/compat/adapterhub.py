@@ -10,7 +10,6 @@ Facts: adapter-hub/adapters src/adapters/{loading,utils}.py, methods/{lora,model
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from trimtab.compat.foreign import Filling, ForeignFormat, read_tensors
 from trimtab.core.checkpoint import FORMATS
 from trimtab.core.contracts import Adapter
 from trimtab.core.errors import CheckpointMismatch, Unsupported
+from trimtab.core.reading import read_json
 from trimtab.core.registry import get
 from trimtab.core.site import Site
 
@@ -39,15 +39,17 @@ class AdapterHubFolder(ForeignFormat):
 
     def test(self, path: Path) -> bool:
         """Whether ``path`` is such a folder."""
+        if not (path / CONFIG).is_file():
+            return False
         try:
-            config = json.loads((path / CONFIG).read_text("utf-8"))
-        except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+            config = read_json(path / CONFIG)
+        except CheckpointMismatch:  # peft's reader, whose config has the same name, says what is wrong
             return False
         return isinstance(config, dict) and "peft_type" not in config and isinstance(config.get("config"), dict)
 
     def read(self, root: nn.Module, path: Path, *, trainable: bool = False) -> tuple[str, list[Adapter], dict[str, Tensor]]:
         """See ``ForeignFormat``."""
-        about = json.loads((path / CONFIG).read_text("utf-8"))
+        about = read_json(path / CONFIG)
         config, name = _method(about, path), str(about.get("name", "default"))
         file = next((path / f for f in FILES if (path / f).is_file()), None)
         if file is None:

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from trimtab.compat.peft_files import report
-from trimtab.compat.safetensors_file import read_header
+from trimtab.compat.tensor_files import keys_of, only_file, read_tensors
 from trimtab.core import anatomy
 from trimtab.core.bank import shapes_only
 from trimtab.core.checkpoint import install
@@ -23,53 +22,6 @@ from trimtab.core.selection import Place
 from trimtab.core.site import Rows, Site
 
 __all__ = ["Filling", "ForeignFormat", "keys_of", "only_file", "read_tensors"]
-
-_PICKLES = (".pt", ".pth", ".bin")
-
-
-def only_file(path: Path, names: Iterable[str] = ()) -> Path | None:
-    """``path`` itself if it is a file of tensors, or the one such file of a folder: one of ``names``, else the only one."""
-    if path.is_file():
-        return path if path.suffix in (".safetensors", *_PICKLES) else None
-    if not path.is_dir():
-        return None
-    named = [path / name for name in names if (path / name).is_file()]
-    found = named[:1] or [p for p in sorted(path.iterdir()) if p.suffix in (".safetensors", *_PICKLES)]
-    return found[0] if len(found) == 1 else None
-
-
-def keys_of(file: Path) -> list[str]:
-    """The names of a file's tensors.
-
-    Raises:
-        CheckpointMismatch: it is damaged, so that nobody can tell whose it is.
-    """
-    return list(read_header(file).entries) if file.suffix == ".safetensors" else list(read_tensors(file))
-
-
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file or of a pickle of tensors; half-precision ones as float32.
-
-    Raises:
-        CheckpointMismatch: damaged, or no such file.
-    """
-    try:
-        if file.suffix == ".safetensors":
-            read_header(file)
-            stored = load_file(file)
-        else:
-            stored = torch.load(file, map_location="cpu", weights_only=True)
-    except CheckpointMismatch:
-        raise
-    except Exception as error:  # torch.load has no error type of its own
-        size = file.stat().st_size if file.is_file() else 0
-        reason = str(error).splitlines()[0]
-        raise CheckpointMismatch(f"{file} cannot be read ({reason}); it ends at byte {size:,}: restore it from a copy") from None
-    if not isinstance(stored, dict) or not all(isinstance(v, Tensor) for v in stored.values()):
-        raise CheckpointMismatch(f"{file} is no file of named tensors alone")
-    wide = (torch.float16, torch.bfloat16)
-    return {key: value.float() if value.dtype in wide else value for key, value in stored.items()}
-
 
 class Filling:
     """Adapters that are being made from a foreign file, and what has become of its tensors.

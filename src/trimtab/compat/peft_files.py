@@ -12,14 +12,13 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from trimtab.compat.safetensors_file import read_header
+from trimtab.compat.tensor_files import read_tensors as read_stored
 from trimtab.core.errors import CheckpointMismatch, Unsupported
 from trimtab.core.files import sync
+from trimtab.core.reading import listed, read_json
 
 __all__ = [
     "CONFIG",
@@ -51,10 +50,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         CheckpointMismatch: it is no JSON object, or names no peft type.
     """
     file = folder / CONFIG
-    try:
-        config = json.loads(file.read_text("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointMismatch(f"{file} is damaged: {error}") from None
+    config = read_json(file)
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise CheckpointMismatch(f"{file} is not a peft config: it names no peft_type")
     return config
@@ -65,10 +61,11 @@ def others_config(folder: Path) -> bool:
     if (folder / "adapter_model.pt").is_file() and not any((folder / name).is_file() for name in (TENSORS, PICKLE)):
         return True
     try:
-        config = json.loads((folder / CONFIG).read_text("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
+        config = read_json(folder / CONFIG)
+    except CheckpointMismatch:  # the reader of peft's folders says what is wrong
         return False
-    return isinstance(config, dict) and "peft_type" not in config and isinstance(config.get("config"), dict)
+    hub_or_mlx = isinstance(config, dict) and any(isinstance(config.get(key), dict) for key in ("config", "lora_parameters"))
+    return hub_or_mlx and "peft_type" not in config
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -81,21 +78,9 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     if not file.is_file():
         file = folder / PICKLE
     if not file.is_file():
-        inside = ", ".join(sorted(p.name for p in folder.iterdir()))
+        inside = listed(p.name for p in folder.iterdir())
         raise CheckpointMismatch(f"{folder} is no whole peft adapter: it lacks {TENSORS} (found: {inside})")
-    if file.name == TENSORS:
-        read_header(file)  # says at which byte a damaged file is damaged
-    try:
-        stored = load_file(file) if file.name == TENSORS else torch.load(file, map_location="cpu", weights_only=True)
-    except SafetensorError as error:
-        raise CheckpointMismatch(f"{file} is no readable safetensors file: {error}; restore it from a copy") from None
-    except Exception as error:  # torch.load has no error type of its own
-        raise CheckpointMismatch(f"{file} cannot be read: {error}; restore it from a copy") from None
-    wide = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
-    return {
-        key.replace("_orig_mod.", "").removeprefix(PREFIX): value.to(wide.get(value.dtype, value.dtype))
-        for key, value in stored.items()
-    }
+    return {key.replace("_orig_mod.", "").removeprefix(PREFIX): value for key, value in read_stored(file).items()}
 
 
 #: names of a layer's two factors -> kind of the layer; shapes (r, in) and (out, r)

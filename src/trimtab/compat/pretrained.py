@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trimtab.compat.model_config import config_class, read_config
 from trimtab.compat.quantised_files import codec_for
 from trimtab.compat.safetensors_file import Header, read_header, read_tensor
 from trimtab.compat.weight_names import Group, WeightNames
 from trimtab.core.errors import CheckpointMismatch, Unsupported
+from trimtab.core.reading import inside, listed, read_json
 from trimtab.core.state import parameter_users
 
-__all__ = ["INDEX", "Pretrained", "read_files"]
+__all__ = ["INDEX", "Pretrained", "index_of", "read_files"]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -32,31 +33,41 @@ def read_files(folder: Path) -> list[Header]:
     if not index.is_file():
         if (folder / SINGLE).is_file():
             return [read_header(folder / SINGLE)]
-        inside = ", ".join(sorted(p.name for p in folder.iterdir())) if folder.is_dir() else "no such folder"
+        found = listed(p.name for p in folder.iterdir()) if folder.is_dir() else "no such folder"
         raise CheckpointMismatch(
-            f"{folder} holds no safetensors checkpoint: there is no {SINGLE} and no {INDEX} (found: {inside}); "
+            f"{folder} holds no safetensors checkpoint: there is no {SINGLE} and no {INDEX} (found: {found}); "
             "load it with transformers and save it again, which writes safetensors"
         )
-    try:
-        listed = json.loads(index.read_text("utf-8"))["weight_map"]
-        names = sorted(set(listed.values()))
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointMismatch(f"{index} is damaged: {error}") from None
-    lacking = [name for name in names if not (folder / name).is_file()]
+    indexed = index_of(index)
+    names = sorted(set(indexed.values()))
+    lacking = [name for name in names if not inside(folder, name, index).is_file()]
     if lacking:
         raise CheckpointMismatch(
             f"{folder} is not whole: its index names {', '.join(lacking)}, which are not there; copy them again"
         )
     headers = [read_header(folder / name) for name in names]
     stored = {key: header.file.name for header in headers for key in header.entries}
-    wrong = sorted(key for key in listed.keys() | stored.keys() if listed.get(key) != stored.get(key))
+    wrong = sorted(key for key in indexed.keys() | stored.keys() if indexed.get(key) != stored.get(key))
     if wrong:
         key = wrong[0]
         raise CheckpointMismatch(
-            f"{index} and the files do not agree on {len(wrong)} tensors: {key} is in {listed.get(key, 'none')} by the index, in "
+            f"{index} and the files do not agree on {len(wrong)} tensors: {key} is in {indexed.get(key, 'none')} by the index, in "
             f"{stored.get(key, 'none')} in fact"
         )
     return headers
+
+
+def index_of(file: Path) -> dict[str, str]:
+    """A checkpoint's index: a tensor's name -> its file's.
+
+    Raises:
+        CheckpointMismatch: it is damaged.
+    """
+    content = read_json(file)
+    found = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise CheckpointMismatch(f"{file} is damaged: it has no weight_map of tensors' names and files'")
+    return found
 
 
 class Pretrained:
@@ -75,29 +86,27 @@ class Pretrained:
         files: headers of the weights' files.
         where: a tensor's name -> the file that has it.
         dtype: of the model's activations and dense weights.
+        ties: names of the model's parameters that share a tensor, together.
         codec, parts: of a quantised checkpoint, its weights' names -> the names of their tensors in the files.
     """
 
     def __init__(self, folder: Path, classes: Sequence[str | None] = (), places: Sequence[Mapping[str, Any]] = ()):
         self.folder = folder
-        try:
-            self.config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
-        except FileNotFoundError:
-            raise CheckpointMismatch(f"{folder} is no model folder: it has no config.json") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise CheckpointMismatch(f"{folder / 'config.json'} is damaged: {error}") from None
+        self.config = read_config(folder)
         self.files = read_files(folder)
         self.where = {key: header for header in self.files for key in header.entries}
         self.labels: int | None = None
         named = str(self.config.get("dtype") or self.config.get("torch_dtype") or "float32").removeprefix("torch.")
-        self.dtype = getattr(torch, named, torch.float32)
+        self.dtype = getattr(torch, named, None)
+        if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
+            self.dtype = torch.float32
         self.root, self.model, self.prefix = self._modules([c for c in classes if c], places)
         self.class_name = type(self.model).__name__
         self.codec = codec_for(self.config, str(folder))
         self.parts = self.codec.parts(self.files) if self.codec else {}
-        inside = {key for name, keys in self.parts.items() for key in keys if key != name}
-        self.names = WeightNames(self.model, [key for key in [*self.where, *(self.parts.keys() - self.where)] if key not in inside])
-        self._ties = [names for names in parameter_users(self.model).values() if len(names) > 1]
+        apart = {key for name, keys in self.parts.items() for key in keys if key != name}
+        self.names = WeightNames(self.model, [key for key in [*self.where, *(self.parts.keys() - self.where)] if key not in apart])
+        self.ties = [names for names in parameter_users(self.model).values() if len(names) > 1]
         self._last: tuple[Group, dict[str, Tensor]] | None = None
 
     # -- modules
@@ -119,7 +128,7 @@ class Pretrained:
     def _candidates(self, classes: list[str], places: Sequence[Mapping[str, Any]]) -> Iterable[tuple[nn.Module, str]]:
         import transformers
 
-        config = transformers.AutoConfig.from_pretrained(self.folder)
+        config = config_class(self.folder)
         named = [c for c in dict.fromkeys([*classes, *(config.architectures or [])]) if hasattr(transformers, c)]
         named = [c for c in named if getattr(getattr(transformers, c), "config_class", None) is type(config)]
         for name in named:
@@ -127,7 +136,7 @@ class Pretrained:
             model = self._on_meta(cls, config)
             labels = _labels(model, places)
             if labels is not None:  # a head of another size than the checkpoint's
-                config = transformers.AutoConfig.from_pretrained(self.folder, num_labels=labels)
+                config = config_class(self.folder, num_labels=labels)
                 self.labels, model = labels, self._on_meta(cls, config)
             yield model, ""
         try:
@@ -145,15 +154,21 @@ class Pretrained:
             )
 
     def _on_meta(self, cls: type, config: Any) -> nn.Module:
-        with torch.device("meta"):
-            return cls(config).to(self.dtype).eval()
+        try:
+            with torch.device("meta"):
+                return cls(config).to(self.dtype).eval()
+        except Exception as error:  # whatever a damaged configuration runs into, in any of transformers' classes
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise CheckpointMismatch(
+                f"transformers cannot build the {cls.__name__} that {self.folder / 'config.json'} describes: {reason}"
+            ) from error
 
     # -- values
 
     def parameter_names(self, path: str, tensor: str) -> list[str]:
         """The names, in the model, of the parameter at a path of ``root``: its own first, then those tied to it."""
         name = ".".join(filter(None, (path, tensor))).removeprefix(self.prefix)
-        return [name, *(other for tied in self._ties if name in tied for other in tied if other != name)]
+        return [name, *(other for tied in self.ties if name in tied for other in tied if other != name)]
 
     def group(self, path: str, tensor: str) -> Group | None:
         """The tensors of the checkpoint that fill a parameter, or one tied to it; None if there are none."""

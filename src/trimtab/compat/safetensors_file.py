@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from trimtab.core.errors import CheckpointMismatch
+from trimtab.core.reading import LONGEST, parse_json, regular_size
 
 __all__ = ["DTYPES", "Entry", "Header", "dtype_name", "read_header", "read_tensor", "write_file"]
 
@@ -28,7 +29,7 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_LONGEST = 100_000_000  # the format's own bound of a header
+_MOST_AXES = 64  # of a tensor in torch
 _CHUNK = 1 << 24
 
 
@@ -64,31 +65,29 @@ def read_header(file: Path) -> Header:
         CheckpointMismatch: with the file's name, and the byte where what is there is not what should be.
     """
     file = Path(file)
+    size = regular_size(file)
     try:
-        size = file.stat().st_size
         with open(file, "rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            raw = stream.read(length) if 8 + length <= size and length <= _LONGEST else b""
+            raw = stream.read(length) if 8 + length <= size and length <= LONGEST else b""
     except OSError as error:
         raise CheckpointMismatch(f"{file} cannot be read: {error.strerror}") from None
     if size < 8:
         raise CheckpointMismatch(f"{file} is no safetensors file: it ends at byte {size}, inside the header's length at byte 0")
-    if length > _LONGEST:
+    if length > LONGEST:
         raise CheckpointMismatch(
-            f"{file} is no safetensors file: the header's length at byte 0 says {length:,} bytes; the format allows {_LONGEST:,}"
+            f"{file} is no safetensors file: the header's length at byte 0 says {length:,} bytes; up to {LONGEST:,} are read"
         )
     if 8 + length > size:
         raise CheckpointMismatch(
             f"{file} is truncated: its header goes to byte {8 + length:,}, the file ends at byte {size:,}; copy it again"
         )
-    try:
-        content = json.loads(raw)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        where = 8 + (error.pos if isinstance(error, json.JSONDecodeError) else error.start)
-        raise CheckpointMismatch(f"{file} is damaged: its header is no JSON at byte {where}") from None
+    content = parse_json(raw, f"the header of {file}", start=8)
     if not isinstance(content, dict):
         raise CheckpointMismatch(f"{file} is damaged: its header at byte 8 is no JSON object")
     metadata = content.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointMismatch(f"{file} is damaged: the metadata of its header (byte 8) are not texts by name")
     entries = sorted((_entry(file, name, value, 8 + length) for name, value in content.items()), key=lambda e: (e.begin, e.end))
     _check_bytes(file, entries, 8 + length, size)
     return Header(file, {entry.name: entry for entry in entries}, metadata)
@@ -96,14 +95,18 @@ def read_header(file: Path) -> Header:
 
 def _entry(file: Path, name: str, value: Any, start: int) -> Entry:
     try:
-        begin, end = value["data_offsets"]
-        entry = Entry(name, str(value["dtype"]), tuple(value["shape"]), start + begin, start + end)
-        whole = all(isinstance(v, int) and v >= 0 for v in (begin, end, *entry.shape)) and begin <= end
+        (begin, end), dtype, shape = value["data_offsets"], value["dtype"], value["shape"]
+        numbers = [begin, end, *shape]
+        whole = isinstance(dtype, str) and isinstance(shape, list) and len(shape) <= _MOST_AXES and begin <= end
+        whole = whole and all(type(v) is int and 0 <= v < 1 << 63 for v in numbers)
+        whole = whole and math.prod(max(v, 1) for v in shape) < 1 << 63
     except (TypeError, KeyError, ValueError):
         whole = False
     if not whole:
-        raise CheckpointMismatch(f"{file} is damaged: its header (byte 8) says of {name!r} what no tensor has: {value!r}")
-    return entry
+        said = repr(value)
+        said = said if len(said) < 200 else f"{said[:200]}..."
+        raise CheckpointMismatch(f"{file} is damaged: its header (byte 8) says of {name!r} what no tensor has: {said}")
+    return Entry(name, dtype, tuple(shape), start + begin, start + end)
 
 
 def _check_bytes(file: Path, entries: list[Entry], start: int, size: int) -> None:

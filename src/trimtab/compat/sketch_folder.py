@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from trimtab.compat.safetensors_file import read_header, read_tensor
 from trimtab.compat.sketched import SketchedWeight
 from trimtab.core.errors import CheckpointMismatch, raise_all
+from trimtab.core.reading import inside, read_json
 
 __all__ = [
     "CODES", "FORMAT", "MANIFEST", "TABLE", "VERSION", "is_sketch", "load_sketch", "read_all", "read_manifest", "read_shard",
@@ -65,10 +66,7 @@ def read_manifest(folder: Path, *, unfinished: bool = False) -> dict[str, Any]:
     if not file.is_file():
         found = sorted(p.name for p in Path(folder).iterdir())[:5] if Path(folder).is_dir() else ["no such folder"]
         raise CheckpointMismatch(f"{folder} is no sketch: there is no {MANIFEST} (found: {', '.join(found) or 'nothing'})")
-    try:
-        manifest = json.loads(file.read_text("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointMismatch(f"{file} is damaged: {error}") from None
+    manifest = read_json(file, finite=False)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointMismatch(f"{file} is not the {MANIFEST} of a trimtab sketch")
     if not isinstance(manifest.get("version"), int) or manifest["version"] > VERSION:
@@ -93,7 +91,7 @@ def read_shard(folder: Path, manifest: dict[str, Any], name: str) -> dict[str, T
     Raises:
         CheckpointMismatch: the file is missing, damaged, or holds other tensors than the manifest says.
     """
-    file = Path(folder) / name
+    file = inside(Path(folder), name, Path(folder) / MANIFEST)
     if not file.is_file():
         raise CheckpointMismatch(f"{folder} is damaged: its {MANIFEST} names {name}, which is not there")
     if sha256(file) != manifest["shards"][name]:
@@ -153,6 +151,7 @@ def load_sketch(load: Callable[..., nn.Module], folder: str | Path, **options: A
     dtype = options.pop("dtype", "auto")  # before the configuration takes it for one of its own
     given = options.pop("config", None)
     if given is None:
+        options = {"trust_remote_code": False} | options
         given, options = AutoConfig.from_pretrained(folder, return_unused_kwargs=True, **options)
     if dtype == "auto":
         dtype = getattr(torch, manifest["source"]["dtype"])

@@ -9,7 +9,6 @@ torchtune/models/*/_convert_weights.py, torchtune/modules/peft.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from trimtab.compat.foreign import Filling, ForeignFormat, keys_of, only_file, r
 from trimtab.core.checkpoint import FORMATS
 from trimtab.core.contracts import Adapter
 from trimtab.core.errors import CheckpointMismatch, NoMatch, ShapeMismatch, Unsupported
+from trimtab.core.reading import read_json
 from trimtab.core.registry import get
 
 __all__ = ["TorchtuneFile"]
@@ -126,14 +126,13 @@ def _find(filling: Filling, block: int | None, module: str) -> tuple[str, str | 
 
 def _alpha(file: Path) -> float:
     config = file.with_name("adapter_config.json")
-    try:
-        return float(json.loads(config.read_text("utf-8"))["lora_alpha"])
-    except FileNotFoundError:
-        raise CheckpointMismatch(
-            f"{file} does not hold alpha, nor is {config.name} beside it; say it: alpha=... (--alpha)"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointMismatch(f"{config} does not say lora_alpha as a number ({error}); say it: alpha=... (--alpha)") from None
+    if not config.exists():
+        raise CheckpointMismatch(f"{file} does not hold alpha, nor is {config.name} beside it; say it: alpha=... (--alpha)")
+    about = read_json(config)
+    alpha = about.get("lora_alpha") if isinstance(about, dict) else None
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+        raise CheckpointMismatch(f"{config} does not say lora_alpha as a number (found {alpha!r}); say it: alpha=... (--alpha)")
+    return float(alpha)
 
 
 def _order(root: nn.Module) -> bool:

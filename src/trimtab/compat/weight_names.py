@@ -8,6 +8,7 @@ tensors of one parameter at a time, and reversed when that parameter is written.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +16,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from trimtab.core.errors import NotMergeable
+from trimtab.core.state import parameter_users
 
-__all__ = ["Group", "WeightNames"]
+__all__ = ["Group", "WeightNames", "lacking"]
 
 
 @dataclass
@@ -110,6 +112,19 @@ class WeightNames:
                 f"{', '.join(sorted(named)[:3])} of it again; merge it in memory: tt.merge, then save_pretrained"
             )
         return named
+
+
+def lacking(model: nn.Module, keys: Iterable[str]) -> set[str]:
+    """The tensors of ``model`` that a checkpoint with ``keys`` has no values for, neither under their own names nor under one that
+    they are tied to; those that transformers itself does without are left out."""
+    known = WeightNames(model, keys).groups
+    ties = {name: names for names in parameter_users(model).values() for name in names}
+    ignored = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    return {
+        name
+        for name in model.state_dict()
+        if not any(each in known for each in ties.get(name, (name,))) and not any(re.search(pattern, name) for pattern in ignored)
+    }
 
 
 def _conversions(model: nn.Module) -> tuple[list[Any], list[Any]]:

@@ -21,6 +21,7 @@ from trimtab.core.errors import CheckpointMismatch, NoMatch, ShapeMismatch, Trim
 from trimtab.core.files import sync
 from trimtab.core.kinds import site_for
 from trimtab.core.places import module_site
+from trimtab.core.reading import check_finite, inside, read_json
 from trimtab.core.registry import config_from_dict, config_to_dict
 from trimtab.core.selection import Place
 from trimtab.core.site import Cohort, Rows, Site
@@ -150,16 +151,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         CheckpointMismatch: there is none, it is no JSON, or it is of a later version.
     """
     file = Path(folder) / MANIFEST
-    try:
-        manifest = json.loads(file.read_text("utf-8"))
-    except FileNotFoundError:
+    if not file.exists():
         names = sorted(p.name for p in Path(folder).iterdir()) if Path(folder).is_dir() else ["no such folder"]
-        inside = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        found = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
         raise CheckpointMismatch(
-            f"{folder} holds no trimtab adapter: there is no {MANIFEST} (found: {inside or 'nothing'})"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointMismatch(f"{file} is damaged: {error}") from None
+            f"{folder} holds no trimtab adapter: there is no {MANIFEST} (found: {found or 'nothing'})"
+        )
+    manifest = read_json(file, finite=False)
     if not isinstance(manifest, dict) or manifest.get("format") != "trimtab":
         raise CheckpointMismatch(f"{file} is not a trimtab manifest")
     if not isinstance(manifest.get("version"), int) or manifest["version"] > VERSION:
@@ -267,7 +265,7 @@ def _hash(file: Path) -> str:
 
 
 def read_tensors(folder: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
-    file = folder / manifest["file"]
+    file = inside(folder, manifest["file"], folder / MANIFEST)
     if not file.is_file():
         raise CheckpointMismatch(f"{folder} is damaged: its manifest names {manifest['file']}, which is not there")
     if _hash(file) != manifest["sha256"]:
@@ -348,8 +346,9 @@ def fill(adapters: list[Adapter], tensors: dict[str, Tensor], source: str) -> No
     """Move stored tensors into the adapters.
 
     Raises:
-        CheckpointMismatch: missing or unused tensors, as a list. ShapeMismatch: sizes differ.
+        CheckpointMismatch: missing or unused tensors, NaN or infinite values, as a list. ShapeMismatch: sizes differ.
     """
+    check_finite(tensors, source)
     problems: list[TrimtabError] = []
     used: set[str] = set()
     shared: dict[tuple, Tensor] = {}

@@ -54,7 +54,9 @@ def merge(
         into: for a quantised base, said explicitly: ``"dequantised"`` replaces the weight by a dense one,
             ``"requantised"`` quantises the sum again in the same format.
         max_error: refuse if any place's relative output error on a random probe is larger.
-        untie: give a tied tensor's other users the old values: the merged place gets a tensor of its own.
+        untie: give a tied tensor's other users the old values: the merged place gets a tensor of its own. The config of a
+            transformers model then says that nothing is tied, and every user has a tensor of its own, so that
+            ``save_pretrained`` writes all of them.
         permanent: keep no original and take the adapter off; the merged model is then an ordinary model.
 
     Returns:
@@ -74,6 +76,7 @@ def merge(
     _refuse(root, group, targets, ties, untie)
     report = report_table(name)
     planned = []
+    cut = [f"{t.site.path}.{t.site.tensor}" for t in targets if t.key in ties] if untie else []
     with torch.no_grad():
         for target in targets:
             exact = adapted_chain(target.site, target.chains, dtype=accumulate(target.site))
@@ -83,9 +86,12 @@ def merge(
         written: dict[int, Tensor] = {}  # a tied tensor is written once
         for target, stored in zip(targets, planned, strict=True):
             _write(state, name, target, stored, written, own=untie and target.key in ties, keep=not permanent)
+        if cut:
+            _loosen(root, state, name, cut)
     group.merged = True
     if permanent:
         state.originals.pop(name)
+        state.untied.pop(name, None)
         from trimtab.core.attach import remove_group
 
         remove_group(root, name)
@@ -121,6 +127,12 @@ def unmerge(model: nn.Module, name: str) -> None:
             module._parameters[tensor] = saved
         else:
             module._parameters[tensor].data.copy_(saved)
+    if configs := state.untied.pop(name, ()):
+        from trimtab.compat import ties
+
+        for config in configs:
+            setattr(config, ties.FLAG, True)
+        ties.refresh(unwrap(model))
     group.merged = False
     state.refresh()
 
@@ -169,6 +181,10 @@ def _refuse(root: nn.Module, group: Group, targets: list[Target], ties: dict, un
             )
         if target.site.is_meta:
             problems.append(NotMergeable(f"{target.site.name} is on the meta device and has no values to merge into"))
+    if ties and not problems:
+        from trimtab.compat.ties import never_called
+
+        problems += never_called(root, [target.site for target in targets if target.key in ties])
     raise_all(problems)
 
 
@@ -189,6 +205,28 @@ def _refuse_apart(targets: list[Target], planned: list[Tensor]) -> None:
 
 def _same(one: Tensor, other: Tensor) -> bool:
     return torch.equal(*(t.dequantize() if is_quantised(t) and hasattr(t, "dequantize") else t.detach() for t in (one, other)))
+
+
+def _loosen(root: nn.Module, state: ModelState, name: str, cut: list[str]) -> None:
+    """Turn the config's flag off that tied the tensors ``cut``, if it does nothing else, and give every other name that it tied a
+    tensor of its own, too; ``unmerge`` takes both back."""
+    from trimtab.compat import ties
+
+    before = ties.tied_pairs(root)
+    configs = ties.flags(root, cut)
+    if not ties.separable(root, ties.flag_paths(root, configs)):
+        return
+    for config in configs:
+        setattr(config, ties.FLAG, False)
+    ties.refresh(root)
+    state.untied[name] = configs
+    for each in ties.free(root, before):
+        path, _, tensor = each.rpartition(".")
+        module = root.get_submodule(path)
+        old = module._parameters[tensor]
+        if name in state.originals:
+            state.originals[name].append((module, tensor, old, True))
+        module._parameters[tensor] = nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
 
 
 def accumulate(site: Site) -> torch.dtype:

@@ -48,6 +48,8 @@ class ModelState:
     thawed: list[tuple[nn.Module, str]] = field(default_factory=list)
     #: adapter name -> what unmerge puts back: (module, parameter name, tensor, whether the parameter object was replaced)
     originals: dict[str, list[tuple[nn.Module, str, Tensor, bool]]] = field(default_factory=dict)
+    #: adapter name -> the configs whose flag its merge turned off, since it cut a tie
+    untied: dict[str, list[Any]] = field(default_factory=dict)
 
     def refresh(self) -> None:
         """Rewrite every host's lists after a change of what acts. Merged adapters act through the weights."""

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from trimtab.core.errors import NoMatch, nearest
 from trimtab.training.config import TrainConfig
+from trimtab.training.errors import ConfigError
+from trimtab.training.metrics import LOSS, Metric, counted
 
 __all__ = ["Bundle", "Task", "get", "names", "task"]
 
@@ -31,10 +33,12 @@ class Bundle:
         splits: encoded examples of each split; an example is a dict that ``collate`` understands.
         length: size of one example, such as its tokens, so that examples of similar size can share a batch.
         collate: list of examples to a batch of tensors, with ``labels``.
-        loss: ``(outputs, labels, num_items_in_batch=...)`` to the scalar loss, summed and divided by that number.
+        loss: ``(outputs, labels, num_items_in_batch=...)`` to the scalar loss: the sum over all labels that ``items`` counts,
+            divided by that number.
         metrics: transformers' ``EvalPrediction`` to ``{name: value}``.
         info: what a fresh process needs besides the config to rebuild the same model (JSON values).
-        items: labels of a batch to the number of terms in its loss.
+        items: labels of a batch to the number of terms in its loss; by default those that are not -100. Training and evaluation
+            divide by it.
         reduce: ``(outputs, labels)`` to what ``metrics`` needs of each row, ``(n, ...)``; None keeps the logits.
     """
 
@@ -46,8 +50,12 @@ class Bundle:
     loss: Callable[..., Tensor]
     metrics: Callable[[Any], dict[str, float]]
     info: dict[str, Any] = field(default_factory=dict)
-    items: Callable[[Tensor], int] = len
+    items: Callable[[Tensor], int] = counted
     reduce: Callable[[Any, Tensor], Tensor] | None = None
+
+    def mean_loss(self, outputs: Any, labels: Tensor) -> Tensor:
+        """The loss of one batch over its own labels."""
+        return self.loss(outputs, labels, num_items_in_batch=self.items(labels))
 
 
 class Task:
@@ -56,12 +64,32 @@ class Task:
     Class attributes:
         name: set by ``@task``.
         config: the configuration class, a subclass of ``TrainConfig``.
-        metrics: the names that ``metric`` in a configuration may take, besides ``loss``.
+        metrics: what ``metric`` in a configuration may name, besides ``loss``: ``Metric("rmse", better="lower")``. A bare name
+            says no direction, so that nothing can be chosen by it.
     """
 
     name: ClassVar[str]
     config: ClassVar[type[TrainConfig]]
-    metrics: ClassVar[tuple[str, ...]]
+    metrics: ClassVar[tuple[Metric | str, ...]]
+
+    def metric(self, name: str) -> Metric:
+        """The metric ``name``, which something is to be chosen by.
+
+        Raises:
+            ConfigError: there is none, or the task does not say which way it gets better.
+        """
+        stated = {each.name if isinstance(each, Metric) else each: each for each in self.metrics}
+        found = {LOSS.name: LOSS, **stated}.get(name)
+        if found is None:
+            raise ConfigError(f"the task {self.name} has no metric {name!r}{nearest(name, (*stated, LOSS.name))}")
+        if name == LOSS.name and found != LOSS:
+            raise ConfigError(f"the task {self.name} states {found!r}, and a loss is better when lower; give it another name")
+        if not isinstance(found, Metric):
+            raise ConfigError(
+                f"something is to be chosen by {name!r}, and the task {self.name} does not say which way it gets better; state it "
+                f'among the task\'s metrics as Metric({name!r}, better="lower") or better="higher"'
+            )
+        return found
 
     def prepare(self, config: TrainConfig) -> Bundle:
         """Load and check the data, then build the model, for a new run."""

@@ -29,6 +29,7 @@ from trimtab.training.config import TrainConfig
 from trimtab.training.data import Row
 from trimtab.training.errors import ConfigError, DataError
 from trimtab.training.files import json_lines, write_text
+from trimtab.training.metrics import Metric
 from trimtab.training.models import checkpoint_activations, load_decoder
 from trimtab.training.overlap import overlaps
 
@@ -101,7 +102,7 @@ class InstructionTuning(Task):
     """See the module."""
 
     config = InstructionConfig
-    metrics = ("token_accuracy",)
+    metrics = (Metric("token_accuracy", "higher"), Metric("perplexity", "lower"))
 
     def prepare(self, config: InstructionConfig) -> InstructionBundle:
         """Raises ``DataError`` for rows that cannot be used, ``ConfigError`` where model and packing do not go together."""
@@ -207,7 +208,6 @@ def _bundle(config: InstructionConfig) -> InstructionBundle:
         collate=encoding.collator(tokenizer, model),
         loss=loss,
         metrics=_metrics,
-        items=lambda labels: int((labels != encoding.IGNORE).sum()),
         reduce=encoding.row_sums,
         tokenizer=tokenizer,
     )

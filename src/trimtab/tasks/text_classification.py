@@ -15,7 +15,7 @@ from trimtab.tasks import Bundle, Task, task
 from trimtab.training.config import TrainConfig
 from trimtab.training.data import Row, load_rows, load_splits
 from trimtab.training.errors import DataError
-from trimtab.training.metrics import classification
+from trimtab.training.metrics import Metric, classification
 from trimtab.training.models import load_pretrained
 
 __all__ = ["PooledClassifier", "TextClassification", "TextClassificationConfig"]
@@ -78,7 +78,7 @@ class TextClassification(Task):
     """See the module."""
 
     config = TextClassificationConfig
-    metrics = ("accuracy", "macro_f1")
+    metrics = (Metric("accuracy", "higher"), Metric("macro_f1", "higher"))
 
     def prepare(self, config: TextClassificationConfig) -> Bundle:
         """Raises ``DataError`` for rows that cannot be used; see ``Task.prepare``."""

@@ -8,15 +8,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-from trimtab.training.curve import best_entry, curve_of
+from trimtab.training.curve import curve_of
+from trimtab.training.metrics import Metric
 
 __all__ = ["LogWithCheckpoint", "Patience", "ProgressBar", "exhausted"]
 
 
-def exhausted(state: Any, patience: int | None, metric: str) -> bool:
+def exhausted(state: Any, patience: int | None, metric: Metric) -> bool:
     """Whether ``patience`` evaluations have passed since the best one, as the saved log of ``state`` tells."""
     curve = curve_of(state.log_history)
-    best = best_entry(curve, metric)
+    best = metric.best(curve)
     if patience is None or best is None:
         return False
     return sum(entry["step"] > best["step"] for entry in curve if "eval_loss" in entry) >= patience
@@ -33,7 +34,7 @@ class LogWithCheckpoint(TrainerCallback):
 class Patience(TrainerCallback):
     """Stops after ``evaluations`` evaluations without a better ``metric``; reads the saved log, so it survives a resume."""
 
-    def __init__(self, evaluations: int, metric: str):
+    def __init__(self, evaluations: int, metric: Metric):
         self.evaluations, self.metric = evaluations, metric
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -46,7 +47,7 @@ class Patience(TrainerCallback):
 class ProgressBar(TrainerCallback):
     """One line: step, time left, loss, the last metric. Silent where the output is no terminal, one line an evaluation."""
 
-    def __init__(self, console: Console, metric: str):
+    def __init__(self, console: Console, metric: Metric):
         self.console, self.metric = console, metric
         self.loss = self.last = ""
         self.running = False
@@ -71,8 +72,8 @@ class ProgressBar(TrainerCallback):
         logs = logs or {}
         if "loss" in logs:
             self.loss = f"loss {logs['loss']:.3f}"
-        if f"eval_{self.metric}" in logs:
-            self.last = f"{self.metric} {logs[f'eval_{self.metric}']:.4f}"
+        if self.metric.key in logs:
+            self.last = f"{self.metric.name} {logs[self.metric.key]:.4f}"
             if self.progress.disable and self.running:
                 self.console.print(f"step {state.global_step} of {state.max_steps}: {self.loss} {self.last}")
 

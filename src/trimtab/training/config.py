@@ -84,7 +84,7 @@ class TrainConfig(_Frozen):
         keep_checkpoints: how many of the newest checkpoints stay.
         keep_adapters: of how many of the newest checkpoints the adapter alone stays in ``steps/`` when the run is complete,
             for ``trimtab average``.
-        metric: what decides which adapter is best: a metric of the task, higher is better; ``loss``, lower is better.
+        metric: what decides which adapter is best: a metric of the task, which says whether higher or lower is better, or ``loss``.
         patience: stop after this many evaluations without a better ``metric``; null never stops early.
         bucket: batches of rows of similar length (faster), drawn at random from windows of 50 batches.
         max_steps: stop after this many optimizer steps (null: as ``epochs`` says).

@@ -8,7 +8,9 @@ from typing import Any
 
 from rich.table import Table
 
-__all__ = ["as_table", "best_entry", "curve_of", "record_of", "write_png"]
+from trimtab.training.metrics import Metric
+
+__all__ = ["as_table", "curve_of", "record_of", "write_png"]
 
 WIDTH = 24  # characters of a bar
 
@@ -22,15 +24,6 @@ def curve_of(log_history: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
             # in one order, whether the log stayed in memory or went through a checkpoint
             entries.append({key: entry[key] for key in sorted(entry) if not key.endswith(timings)})
     return entries
-
-
-def best_entry(curve: Sequence[dict[str, float]], metric: str) -> dict[str, float] | None:
-    """The first evaluation with the best ``eval_<metric>``, or None before the first one."""
-    evaluated = [entry for entry in curve if f"eval_{metric}" in entry]
-    if not evaluated:
-        return None
-    choose = min if metric == "loss" else max
-    return choose(evaluated, key=lambda entry: entry[f"eval_{metric}"])
 
 
 def record_of(log_history: Sequence[dict[str, Any]], after: int, step: int) -> dict[str, float]:
@@ -53,11 +46,11 @@ def record_of(log_history: Sequence[dict[str, Any]], after: int, step: int) -> d
     return record
 
 
-def as_table(curve: Sequence[dict[str, float]], metric: str) -> Table:
+def as_table(curve: Sequence[dict[str, float]], metric: Metric) -> Table:
     """One row an evaluation: step, epoch, training loss until then, the metric and a bar; the best one is marked."""
-    key, best = f"eval_{metric}", best_entry(curve, metric)
+    key, best = metric.key, metric.best(curve)
     table = Table(title="learning curve", title_justify="left")
-    for column in ("step", "epoch", "training loss", "validation loss", f"validation {metric}"):
+    for column in ("step", "epoch", "training loss", "validation loss", f"validation {metric.name}"):
         table.add_column(column, justify="right")
     table.add_column("")
     values = [entry[key] for entry in curve if key in entry]

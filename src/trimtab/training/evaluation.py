@@ -19,6 +19,7 @@ from trimtab.schedules.restoration import load
 from trimtab.tasks import Bundle
 from trimtab.training.config import TrainConfig, load_config, to_yaml
 from trimtab.training.errors import RunError
+from trimtab.training.metrics import IGNORED
 from trimtab.training.run import ADAPTER, CONFIG, INFO
 
 __all__ = ["Evaluation", "evaluate", "forward_all", "metrics_of"]
@@ -73,8 +74,8 @@ def evaluate(
 
 def metrics_of(bundle: Bundle, examples: list[dict[str, Any]], outputs: np.ndarray) -> dict[str, float]:
     """The task's metrics of ``outputs``, one entry an example."""
-    labels = np.array([0 if bundle.reduce else example["labels"] for example in examples])
-    return bundle.metrics(_Prediction(outputs, labels))
+    labels = [np.asarray(0 if bundle.reduce else example["labels"]) for example in examples]
+    return bundle.metrics(_Prediction(outputs, _stacked(labels)))
 
 
 @dataclass
@@ -93,6 +94,15 @@ def _open(path: Path) -> tuple[Path, TrainConfig]:
             why = "it was interrupted; train again to resume it" if (folder / CONFIG).exists() else "train it first"
             raise RunError(f"{folder} holds no finished run: there is no {name} in it ({why})")
     return folder, load_config(folder / CONFIG)
+
+
+def _stacked(rows: list[np.ndarray]) -> np.ndarray:
+    """One entry a row; rows of different lengths are filled up with -100, as they are in the evaluations of training."""
+    if rows[0].ndim == 0:
+        return np.stack(rows)
+    width = max(row.shape[0] for row in rows)
+    fill = [[(0, width - row.shape[0]), *[(0, 0)] * (row.ndim - 1)] for row in rows]
+    return np.stack([np.pad(row, pad, constant_values=IGNORED) for row, pad in zip(rows, fill, strict=True)])
 
 
 @torch.inference_mode()
@@ -117,4 +127,4 @@ def forward_all(bundle: Bundle, examples: list[dict[str, Any]], batch_size: int)
     mean = None if total is None else total / items
     if mean is not None and not math.isfinite(mean):
         raise RunError(f"the loss of the loaded adapter is {mean}; the base or the adapter holds values that are not finite")
-    return np.stack(rows), mean
+    return _stacked(rows), mean

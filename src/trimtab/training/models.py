@@ -51,8 +51,10 @@ def load_pretrained(load: Callable[..., Any], model: str, **options: Any) -> Any
         load: a ``from_pretrained`` of transformers.
 
     Raises:
-        ConfigError: no such model here or on the Hub. CheckpointMismatch: a damaged sketch.
+        ConfigError: no such model here or on the Hub, or one that needs code of its own, which is never run. CheckpointMismatch:
+            a damaged sketch.
     """
+    options = {"trust_remote_code": False} | options  # else transformers asks on stdin
     try:
         with _quiet():
             found = resolve(model)
@@ -63,6 +65,11 @@ def load_pretrained(load: Callable[..., Any], model: str, **options: Any) -> Any
     except TrimtabError:
         raise
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"the model {model!r} needs code of its own (auto_map in its config.json), which is never run here; load it "
+                "yourself with trust_remote_code=True, and work with the model in memory"
+            ) from error
         known = ", ".join(PACKAGED)
         raise ConfigError(
             f"the model {model!r} is no packaged model ({known}), no model folder here, and cannot be loaded from the Hub: "

@@ -166,7 +166,7 @@ def _on_meta(model: str | nn.Module, dtype: torch.dtype) -> nn.Module:
     name = (config.architectures or ["AutoModel"])[0]
     cls = getattr(transformers, name, transformers.AutoModel)
     with torch.device("meta"):
-        built = cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
+        built = cls.from_config(config, trust_remote_code=False) if hasattr(cls, "from_config") else cls(config)
     built.to(dtype)
     folder = resolve(model)
     return shapes_of_sketch(built, folder, dtype) if is_sketch(folder) else built

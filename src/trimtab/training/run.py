@@ -35,12 +35,13 @@ from trimtab import tasks
 from trimtab.core import registry
 from trimtab.core.activation import parameters
 from trimtab.core.attach import attach
-from trimtab.core.errors import TrimtabError, nearest
+from trimtab.core.errors import TrimtabError
 from trimtab.tasks import Bundle
 from trimtab.training import callbacks, curve, processes
 from trimtab.training.config import TrainConfig, load_config, to_yaml
 from trimtab.training.errors import ConfigError, RunError
 from trimtab.training.files import write_text
+from trimtab.training.metrics import Metric
 from trimtab.training.models import check_finite
 
 __all__ = ["RunResult", "attach_adapter", "train"]
@@ -110,9 +111,7 @@ def train(
     console.print(to_yaml(resolved), markup=False, highlight=False)
     output = Path(resolved.output)
     task = tasks.get(resolved.task)
-    metrics = (*task.metrics, "loss")
-    if resolved.metric not in metrics:
-        raise ConfigError(f"the task {task.name} has no metric {resolved.metric!r}{nearest(resolved.metric, metrics)}")
+    metric = task.metric(resolved.metric)
     _check_folder(output, resolved, overwrite=overwrite)
     if (output / RESULT).is_file() and not overwrite:
         console.print(f"the run in {output} is complete; overwrite it to train again")
@@ -122,7 +121,7 @@ def train(
         check_finite(bundle.model, resolved.model)
         total = sum(p.numel() for p in bundle.model.parameters())
         attach_adapter(bundle, resolved)
-        return _run(resolved, bundle, total, overwrite=overwrite, console=console)
+        return _run(resolved, bundle, metric, total, overwrite=overwrite, console=console)
 
 
 def attach_adapter(bundle: Bundle, config: TrainConfig) -> None:
@@ -148,7 +147,7 @@ def _sample_losses(bundle: Bundle, config: TrainConfig) -> Callable[[nn.Module],
         for start in range(0, len(rows), config.batch_size):
             batch = bundle.collate(rows[start : start + config.batch_size])
             labels = batch.pop("labels")
-            yield bundle.loss(model(**batch), labels)
+            yield bundle.mean_loss(model(**batch), labels)
 
     return losses
 
@@ -191,15 +190,15 @@ def _check_folder(output: Path, config: TrainConfig, *, overwrite: bool) -> None
         )
 
 
-def _run(config: TrainConfig, bundle: Bundle, total: int, *, overwrite: bool, console: Console) -> RunResult:
+def _run(config: TrainConfig, bundle: Bundle, metric: Metric, total: int, *, overwrite: bool, console: Console) -> RunResult:
     from trimtab.training.trainer import AdapterTrainer, arguments, last_checkpoint
 
     output = Path(config.output)
     folder = output / CHECKPOINTS
-    watchers = [callbacks.LogWithCheckpoint(), callbacks.ProgressBar(console, config.metric)]
+    watchers = [callbacks.LogWithCheckpoint(), callbacks.ProgressBar(console, metric)]
     if config.patience is not None:
-        watchers.append(callbacks.Patience(config.patience, config.metric))
-    args = arguments(config, folder, rows=len(bundle.splits["train"]))
+        watchers.append(callbacks.Patience(config.patience, metric))
+    args = arguments(config, folder, metric, rows=len(bundle.splits["train"]))
     trainer = AdapterTrainer(config, bundle, args, callbacks=watchers)
     # everything that can be checked has been; from here on the folder is this run's
     if processes.is_main():
@@ -213,7 +212,7 @@ def _run(config: TrainConfig, bundle: Bundle, total: int, *, overwrite: bool, co
     if resume:
         console.print(f"resuming from {resume}")
     started = time.perf_counter()
-    if not _complete(trainer, config, resume):
+    if not _complete(trainer, config, metric, resume):
         try:
             trainer.train(resume_from_checkpoint=resume)
         except TrimtabError:
@@ -222,7 +221,7 @@ def _run(config: TrainConfig, bundle: Bundle, total: int, *, overwrite: bool, co
         finally:
             watchers[1].progress.stop()
     seconds = time.perf_counter() - started
-    return _finish(config, bundle, trainer, total=total, seconds=seconds, console=console)
+    return _finish(config, bundle, metric, trainer, total=total, seconds=seconds, console=console)
 
 
 def _forget(output: Path) -> None:
@@ -238,20 +237,22 @@ def _forget(output: Path) -> None:
         output.rmdir()
 
 
-def _complete(trainer: Any, config: TrainConfig, resume: str | None) -> bool:
+def _complete(trainer: Any, config: TrainConfig, metric: Metric, resume: str | None) -> bool:
     """Whether the checkpoint is the last one of the run: transformers would take further steps from it."""
     from transformers import TrainerState
 
     if resume is None:
         return False
     state = TrainerState.load_from_json(str(Path(resume) / "trainer_state.json"))
-    if state.global_step < trainer.args.max_steps and not callbacks.exhausted(state, config.patience, config.metric):
+    if state.global_step < trainer.args.max_steps and not callbacks.exhausted(state, config.patience, metric):
         return False
     trainer.state = state
     return True
 
 
-def _finish(config: TrainConfig, bundle: Bundle, trainer: Any, *, total: int, seconds: float, console: Console) -> RunResult:
+def _finish(
+    config: TrainConfig, bundle: Bundle, metric: Metric, trainer: Any, *, total: int, seconds: float, console: Console
+) -> RunResult:
     from trimtab.core.checkpoint import save
     from trimtab.training.files import new_directory
 
@@ -286,7 +287,7 @@ def _finish(config: TrainConfig, bundle: Bundle, trainer: Any, *, total: int, se
         write_text(output / RESULT, result.to_json())
         shutil.rmtree(output / CHECKPOINTS)
     processes.barrier()
-    console.print(curve.as_table(entries, config.metric))
+    console.print(curve.as_table(entries, metric))
     console.print(f"best at step {best_step}; " + "; ".join(f"{split}: {_shown(values)}" for split, values in metrics.items()))
     learnt = f"{result.trainable:,} of {total:,} parameters learnt"
     console.print(f"{learnt}; adapter of {result.adapter_bytes:,} bytes in {output / ADAPTER}")

@@ -77,6 +77,6 @@ def probes(bundle: Bundle, device: torch.device, seed: int) -> Probes:
     def loss(model: nn.Module | Callable[..., Any], batch: dict[str, Tensor]) -> Tensor:
         inputs = dict(batch)
         labels = inputs.pop("labels")
-        return bundle.loss(model(**inputs), labels)
+        return bundle.mean_loss(model(**inputs), labels)
 
     return Probes(loss, batch)

@@ -12,9 +12,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from trimtab import tasks
-from trimtab.core.errors import nearest
 from trimtab.training.config import TrainConfig, load_config
-from trimtab.training.errors import ConfigError, RunError
+from trimtab.training.errors import RunError
 from trimtab.training.run import CONFIG, INFO
 from trimtab.training.sampler import EpochSampler
 
@@ -37,23 +36,20 @@ def scorer(
     Args:
         run: the run's folder.
         on: a split of the run's data, or a file with the same columns.
-        metric: of the task; None: the run's own. The loss counts negative.
+        metric: of the task; None: the run's own. One that is better when lower counts negative.
 
     Raises:
-        RunError: there is no run. ConfigError: no such metric. DataError: no such split.
+        RunError: there is no run. ConfigError: no such metric, or one without a direction. DataError: no such split.
     """
     folder, config = _opened(run)
     task = tasks.get(config.task)
-    name = metric or config.metric
-    if name not in (*task.metrics, "loss"):
-        raise ConfigError(f"the task {task.name} has no metric {name!r}{nearest(name, (*task.metrics, 'loss'))}")
+    chosen = task.metric(metric or config.metric)
     bundle = task.restore(config, json.loads((folder / INFO).read_text("utf-8")), on)
     silent = Console(quiet=True)
 
     def score(model: nn.Module) -> float:
         """The metric of ``model``, which must be the one returned beside this function."""
-        value = float(task.evaluate(config, bundle, console=silent)[0][name])
-        return -value if name == "loss" else value
+        return chosen.goodness(float(task.evaluate(config, bundle, console=silent)[0][chosen.name]))
 
     return bundle.model, score
 
@@ -81,6 +77,6 @@ def training_losses(run: str | Path, batches: int) -> Callable[[nn.Module], Iter
         for start in range(0, batches * config.batch_size, config.batch_size):
             batch = send_to_device(bundle.collate([rows[i] for i in order[start : start + config.batch_size]]), device)
             labels = batch.pop("labels")
-            yield bundle.loss(model(**batch), labels)
+            yield bundle.mean_loss(model(**batch), labels)
 
     return losses

@@ -21,6 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, sort_checkpoints
 
+from trimtab import tasks
 from trimtab.core.activation import named_parameters
 from trimtab.core.attach import detach
 from trimtab.core.checkpoint import save
@@ -32,18 +33,18 @@ from trimtab.training.backward_step import BackwardOptimizer
 from trimtab.training.config import TrainConfig
 from trimtab.training.errors import ConfigError, RunError
 from trimtab.training.files import new_directory, write_text
+from trimtab.training.metrics import IGNORED, Metric
 from trimtab.training.sampler import EpochSampler
 from trimtab.training.schedules import Moments, load_state, probes, save_state
 
-__all__ = ["AdapterTrainer", "arguments", "better", "kept_steps", "last_checkpoint"]
+__all__ = ["AdapterTrainer", "arguments", "kept_steps", "last_checkpoint"]
 
 ADAPTER = "adapter"
-IGNORED = -100  # the label that losses and transformers' count of labels leave out
 STEPS, RECORD = "steps", "record.json"  # adapters kept after the run, and what was measured when each was saved
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
-def arguments(config: TrainConfig, folder: Path, *, rows: int) -> TrainingArguments:
+def arguments(config: TrainConfig, folder: Path, metric: Metric, *, rows: int) -> TrainingArguments:
     """transformers' arguments for ``config``; checkpoints go to ``folder``.
 
     Evaluations and checkpoints are counted in steps even when they fall on ends of epochs: transformers' own
@@ -77,8 +78,8 @@ def arguments(config: TrainConfig, folder: Path, *, rows: int) -> TrainingArgume
         save_total_limit=None,  # rotated below, after the new one is whole
         logging_steps=max(1, min(50, total // 10)),
         logging_nan_inf_filter=False,
-        metric_for_best_model=config.metric,
-        greater_is_better=config.metric != "loss",
+        metric_for_best_model=metric.name,
+        greater_is_better=metric.better == "higher",
         label_names=["labels"],
         remove_unused_columns=False,
         include_num_input_tokens_seen="no",
@@ -122,11 +123,6 @@ def kept_steps(folder: Path) -> dict[int, Path]:
     return {int(step): path for path, step in found.items() if step.isdigit()}
 
 
-def better(new: float, old: float | None, metric: str) -> bool:
-    """Whether ``new`` beats ``old``: lower is better for ``loss``, higher for everything else."""
-    return old is None or (new < old if metric == "loss" else new > old)
-
-
 class AdapterTrainer(Trainer):
     """Trains the adapter ``config.adapter`` on ``bundle.model``.
 
@@ -165,6 +161,7 @@ class AdapterTrainer(Trainer):
         self.schedule = Run(
             self.model, given, steps=args.max_steps, probes=probes(bundle, args.device, config.seed), seed=config.seed
         )
+        self._evaluated: list[tuple[float, int]] = []  # loss and number of labels of every batch of an evaluation
         self._resumed: dict[str, Any] | None = None
         self._losses: list[torch.Tensor] = []
         self.add_callback(Moments(self.schedule))
@@ -214,20 +211,39 @@ class AdapterTrainer(Trainer):
             if self.stepper is not None:
                 self.stepper.close()
 
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """The labels of a whole step as the task counts them, so that training and every evaluation divide by the same number."""
+        found = [self.bundle.items(batch["labels"]) for batch in batch_samples if "labels" in batch]
+        if not found:
+            return None
+        total = torch.tensor(sum(found), device=device)
+        return self.accelerator.gather(total).sum() if processes.world() > 1 else total
+
     def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
         """As transformers', but what a task's metrics need of the logits is kept alone: all of them would fill the memory."""
-        if self.bundle.reduce is None:
-            return super().prediction_step(*args, **kwargs)
         loss, logits, labels = super().prediction_step(*args, **kwargs)
+        if labels is None:
+            return loss, logits, labels
+        items = self.bundle.items(labels)
+        self._evaluated += [(float(loss), items)] if items else []
+        if self.bundle.reduce is None:
+            return loss, logits, labels
         kept = self.bundle.reduce({"logits": logits}, labels)  # (n, ...)
         return loss, kept, labels[:, 0]
 
     def _measure(self, prediction: Any) -> dict[str, float]:
-        """The task's metrics; with several processes also the loss, whose mean over batches would count some rows twice."""
-        found = self.bundle.metrics(prediction)
-        if processes.world() > 1 and "loss" not in found:
+        """The task's metrics, and the loss over all labels: the mean of the batches' means would weigh labels unequally."""
+        found = dict(self.bundle.metrics(prediction))
+        if "loss" not in found and processes.world() > 1:  # some rows are there twice
             outputs, labels = torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)
-            found["loss"] = float(self.bundle.loss({"logits": outputs}, labels))
+            found["loss"] = float(self.bundle.mean_loss({"logits": outputs}, labels))
+        elif "loss" not in found and self._evaluated:
+            found["loss"] = sum(loss * n for loss, n in self._evaluated) / sum(n for _, n in self._evaluated)
+        if self.args.metric_for_best_model not in found:
+            raise RunError(
+                f"the evaluation gave no {self.args.metric_for_best_model!r}, by which the best adapter is chosen; found "
+                f"{', '.join(sorted(found))}: correct the task's metrics, or choose another metric"
+            )
         return found
 
     # -- never step on what is not finite
@@ -315,7 +331,10 @@ class AdapterTrainer(Trainer):
         after = max((other for other in kept if other < step), default=0)
         with new_directory(folder / f"step-{step}") as stage:
             shutil.copytree(adapter, stage, dirs_exist_ok=True)
-            write_text(stage / RECORD, json.dumps(curve.record_of(self.state.log_history, after, step), indent=1) + "\n")
+            better = {each.key: each.better for each in tasks.get(self.run.task).metrics if isinstance(each, Metric)}
+            chosen = {"metric": f"eval_{self.args.metric_for_best_model}", "better": better}
+            record = curve.record_of(self.state.log_history, after, step) | chosen
+            write_text(stage / RECORD, json.dumps(record, indent=1) + "\n")
         for old in sorted(kept_steps(folder))[: -self.run.keep_adapters]:
             shutil.rmtree(kept[old])
 
@@ -331,6 +350,7 @@ class AdapterTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As transformers'; while training, of what the schedules would deliver."""
+        self._evaluated = []
         with self.schedule.weights():
             return super().evaluate(*args, **kwargs)
 

@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from trimtab.tasks.instructions.templates import Segment, TemplateConfig, prompt_text, segments
 from trimtab.training.data import Row
 from trimtab.training.errors import DataError
+from trimtab.training.metrics import IGNORED as IGNORE
 
 __all__ = ["IGNORE", "causal_loss", "collator", "encode", "encode_prompt", "encode_rows", "row_sums"]
 
-IGNORE = -100
 Example = dict[str, Any]
 
 
