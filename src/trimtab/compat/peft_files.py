@@ -22,15 +22,18 @@ from trimtab.core.reading import listed, read_json
 
 __all__ = [
     "CONFIG",
+    "METADATA",
+    "NORMS",
     "NORM_COPY",
     "PREFIX",
+    "TENSORS",
     "factor_places",
     "others_config",
     "pattern_key",
     "read_config",
     "read_tensors",
     "report",
-    "saved_whole",
+    "saved_by",
     "targeted",
     "write_folder",
 ]
@@ -39,7 +42,10 @@ CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 PREFIX = "base_model.model."
-#: below a norm's path, the name of the copy that LN_TUNING trains
+#: in the tensors' file, the sample of the base that trimtab took
+METADATA = "trimtab_base"
+#: the peft type of which only norms learn, and, below a norm's path, the name of the copy that it trains
+NORMS = "LN_TUNING"
 NORM_COPY = "ln_tuning_layers"
 
 
@@ -112,11 +118,16 @@ def factor_places(folder: Path, tensors: dict[str, Tensor]) -> list[dict[str, An
     return places
 
 
-def write_folder(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
+def write_folder(
+    folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], *, base: dict[str, Any] | None = None
+) -> Path:
     """Write both files so that no interruption mixes old and new ones.
 
     A new folder, or one whose config differs, is made beside the old one and renamed into its place; for an equal config
     the tensors' file alone is replaced. Other files in the folder are kept.
+
+    Args:
+        base: a sample of the base's weights, which goes into the metadata of the tensors' file.
     """
     folder = folder.resolve()
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
@@ -126,7 +137,7 @@ def write_folder(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor
     draft = folder if same else folder.with_name(f".{folder.name}.{os.getpid()}.part")
     draft.mkdir(exist_ok=True)
     part = draft / f".{TENSORS}.{os.getpid()}.part"
-    save_file(tensors, part, metadata={"format": "pt"})
+    save_file(tensors, part, metadata={"format": "pt"} | ({} if base is None else {METADATA: json.dumps(base)}))
     sync(part)
     os.replace(part, draft / TENSORS)
     if same:
@@ -159,7 +170,7 @@ def _named(names: str | Collection[str] | None, path: str) -> bool:
 def targeted(config: dict[str, Any], path: str) -> bool:
     """Whether peft would put a layer at ``path``, whatever is there; many names are found fastest in a set."""
     names = config.get("target_modules")
-    if _named(config.get("exclude_modules"), path) or saved_whole(config, path) or not _named(names, path):
+    if _named(config.get("exclude_modules"), path) or saved_by(config, path) or not _named(names, path):
         return False
     layers = config.get("layers_to_transform")
     if isinstance(names, str) or path in names or layers is None or layers == []:
@@ -172,9 +183,11 @@ def targeted(config: dict[str, Any], path: str) -> bool:
     return match is not None and int(match["index"]) in ([layers] if isinstance(layers, int) else layers)
 
 
-def saved_whole(config: dict[str, Any], path: str) -> bool:
-    """Whether ``path`` is, or is below, one of the config's ``modules_to_save``."""
-    return any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in config.get("modules_to_save") or ())
+def saved_by(config: dict[str, Any], path: str) -> bool:
+    """Whether ``path`` is, or is below, a module that peft takes for one of ``modules_to_save``: by the end of its path."""
+    names = config.get("modules_to_save") or ()
+    words = path.split(".")
+    return any(".".join(words[: i + 1]).endswith(name) for i in range(len(words)) for name in names)
 
 
 def pattern_key(patterns: Iterable[str], path: str, prefix: str) -> str:

@@ -14,6 +14,7 @@ from trimtab.compat.peft_files import NORM_COPY, PREFIX, targeted, write_folder
 from trimtab.compat.peft_prompts import write_prompts
 from trimtab.compat.peft_table import Twin, layer_of
 from trimtab.compat.peft_twins import LORA, TWINS
+from trimtab.core import fingerprint
 from trimtab.core.contracts import Adapter, Reparameterization, Selection
 from trimtab.core.errors import TrimtabError, Unsupported, raise_all
 from trimtab.core.site import Site, gathered
@@ -33,13 +34,14 @@ class _Form(NamedTuple):
 def write(root: nn.Module, path: Path, name: str) -> Path:
     """Write the adapter ``name`` of ``root`` to the folder ``path``; see ``PeftFolder.save``."""
     adapters = adapter_group(state_of(root), name).adapters
+    base = fingerprint.take(root, adapters)
     rest = [a for a in adapters if not isinstance(a, Selection)]
     saved, whole = _saved_modules([a for a in adapters if isinstance(a, Selection)])
     if not rest and all(type(a.config).__name__ == "NormTuning" for a in adapters):
         paths = sorted({a.site.path for a in adapters})
         copies = {f"{k.rpartition('.')[0]}.{NORM_COPY}.{k.rpartition('.')[2]}": v for k, v in whole.items()}
         own = {"peft_type": "LN_TUNING", "modules_to_save": None}
-        return write_folder(path, _common(root, paths) | own, copies)
+        return write_folder(path, _common(root, paths) | own, copies, base=base)
     if not rest:
         raise Unsupported(
             f"the adapter {name!r} only replaces parameters of the base, for which peft has no adapter type; "
@@ -49,7 +51,7 @@ def write(root: nn.Module, path: Path, name: str) -> Path:
     if prompts is not None:
         own, tensors = prompts
         common = {key: value for key, value in _common(root, []).items() if key != "target_modules"}
-        return write_folder(path, common | own, tensors)
+        return write_folder(path, common | own, tensors, base=base)
     form = _native(rest) or _low_rank(rest, name)
     order = {p: i for i, (p, _) in enumerate(root.named_modules())}
     paths = sorted({a.site.path for a in rest}, key=order.__getitem__)
@@ -61,7 +63,7 @@ def write(root: nn.Module, path: Path, name: str) -> Path:
     }
     if any(layer_of(a.site) == "Conv1D" for a in rest):
         config["fan_in_fan_out"] = True
-    return write_folder(path, config, form.tensors | whole)
+    return write_folder(path, config, form.tensors | whole, base=base)
 
 
 def _common(root: nn.Module, paths: list[str]) -> dict[str, Any]:
