@@ -208,19 +208,23 @@ def test_lycoris_lokr_of_a_convolution(tmp_path) -> None:
         torch.testing.assert_close(update(model, path), expected.flatten(1), atol=1e-5, rtol=1e-4)
 
 
-def test_the_scale_of_roots_is_read_from_the_notes(tmp_path) -> None:
-    parts = low(12, 12, 4, 6.0)
+@pytest.mark.parametrize("notes", [None, '{"rs_lora": "True"}', '{"rs_lora": true}', "no JSON"])
+def test_the_scale_is_alpha_over_rank_whatever_the_notes_say(notes, tmp_path) -> None:
+    """LyCORIS trained with ``rs_lora`` writes ``alpha sqrt(rank)``, and its own loader divides by the rank."""
+    trained, rank = 6.0, 4
+    parts = low(12, 12, rank, trained * rank**0.5)
     model = Unet()
-    tt.load(model, kohya(tmp_path, {flat(Q): parts}, metadata={"ss_network_args": '{"rs_lora": "True"}'}))
-    torch.testing.assert_close(update(model, Q), 3.0 * parts["lora_up.weight"] @ parts["lora_down.weight"])
+    tt.load(model, kohya(tmp_path, {flat(Q): parts}, metadata=notes and {"ss_network_args": notes}))
+    torch.testing.assert_close(update(model, Q), trained / rank**0.5 * parts["lora_up.weight"] @ parts["lora_down.weight"])
 
 
 def test_what_does_not_fit_is_listed(tmp_path) -> None:
     good = low(12, 12, 2, 1.0)
     with pytest.raises(tt.CheckpointMismatch) as caught:
-        tt.load(Unet(), kohya(tmp_path, {flat(Q): good | {"diff_b": draw(12)}, flat(CONV): {"lora_up.weight": draw(12, 2, 1, 1)}}))
+        places = {flat(Q): good | {"oft_blocks": draw(12)}, flat(CONV): {"lora_up.weight": draw(12, 2, 1, 1)}}
+        tt.load(Unet(), kohya(tmp_path, places))
     text = re.sub(r" +", " ", str(caught.value))
-    assert "used (3) missing (1) unused (2)" in text and f"{CONV}.lora_down.weight" in text and f"{flat(Q)}.diff_b" in text
+    assert "used (3) missing (1) unused (2)" in text and f"{CONV}.lora_down.weight" in text and f"{flat(Q)}.oft_blocks" in text
     with pytest.raises(tt.NoMatch, match="acts on down_blocks_9_x, which this model does not have; nearest"):
         tt.load(Unet(), kohya(tmp_path, {"lora_unet_down_blocks_9_x": good}))
     with pytest.raises(tt.ShapeMismatch, match=r"needs a of \(2, 12\)"):

@@ -119,7 +119,7 @@ def test_bad_hyperparameters(p):
 
 @pytest.mark.parametrize(
     ("config", "message"),
-    [(BOFT(), "block_size=8 .* width 12 .* 6 and 12"), (BOFT(blocks=5), "blocks=5 .* 4 and 6"),
+    [(BOFT(block_size=8), "block_size=8 .* width 12 .* 6 and 12"), (BOFT(blocks=5), "blocks=5 .* 4 and 6"),
      (BOFT(block_size=3, factors=2), "even block size.* at most 1"), (BOFT(block_size=4, factors=2), "3 blocks.* at most 1"),
      (BOFT(blocks=12, factors=1), "size 1")],
 )

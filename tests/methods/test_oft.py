@@ -154,7 +154,8 @@ def test_bad_hyperparameters(p):
 
 @pytest.mark.parametrize(
     ("config", "message"),
-    [(OFT(), r"block_size=32 .* width 12 .* 12"), (OFT(block_size=5), "4 and 6"), (OFT(blocks=5), "blocks=5 .* 4 and 6"),
+    [(OFT(block_size=32), r"block_size=32 .* width 12 .* 12"), (OFT(block_size=5), "4 and 6"),
+     (OFT(blocks=5), "blocks=5 .* 4 and 6"),
      (OFT(blocks=12), "at most 6")],
 )
 def test_sizes_that_do_not_fit_name_the_nearest(config, message):

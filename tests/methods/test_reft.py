@@ -87,12 +87,12 @@ def test_starts() -> None:
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(("first", "last"), [(2, 3), (1, 1), (4, 4)])
 def test_chosen_tokens(first, last, tied) -> None:
-    """Seven tokens; where first and last meet, a token counts as one of the first."""
+    """Seven tokens, of which each end takes three at most, as the authors' ``min(n // 2, first)``."""
     _, (a,) = attached(tt.ReFT(rank=2, first=first, last=last, tied=tied))
     h = torch.randn(3, 7, 8, dtype=D)
     want = h.clone()
+    first, start = min(first, 3), 7 - min(last, 3)
     want[:, :first] = edited(a, h[:, :first], 0)
-    start = max(first, 7 - last)
     want[:, start:] = edited(a, h[:, start:], 0 if tied else 1)
     torch.testing.assert_close(a(h, h), want)
     assert torch.equal(a(h, h)[:, first:start], h[:, first:start])
@@ -117,7 +117,8 @@ def test_spans_count_from_each_rows_own_text(tied) -> None:
     start, stop = torch.tensor([0, 3, 2, 1]), torch.tensor([7, 7, 3, 4])  # the last but one: a single token; the last: three
     want = h.clone()
     for row, (i, j) in enumerate(zip(start.tolist(), stop.tolist(), strict=True)):
-        head, tail = range(i, min(i + 2, j)), range(max(i + 2, j - 2), j)
+        n = min(2, (j - i) // 2)
+        head, tail = range(i, i + n), range(j - n, j)
         want[row, list(head)] = edited(a, h[row, list(head)])
         want[row, list(tail)] = edited(a, h[row, list(tail)], 0 if tied else 1)
     with tt.spans(model, stop, start=start):

@@ -317,7 +317,7 @@ def test_equal_slices_are_warned_of():
 def test_bad_places_name_the_numbers():
     place = site(nn.Linear(512, 640))
     with pytest.raises(ValueError, match=r"width 512 of fc is known; give it, such as shapes=\(\(8, 8, 8\),\), or order=3"):
-        TLoRAAdapter.check(tt.TLoRA(), place)
+        TLoRAAdapter.check(tt.TLoRA(shapes=((8, 8, 10),)), place)
     with pytest.raises(ValueError, match=r"shape \(4, 8, 10\) has the product 320, .* \[512, 640\]"):
         TLoRAAdapter.check(tt.TLoRA(shapes=((8, 8, 8), (4, 8, 10))), place)
     with pytest.raises(ValueError, match=r"\(8, 8, 10\) for its outputs and \(16, 32\) for its inputs"):

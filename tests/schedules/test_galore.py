@@ -111,3 +111,23 @@ def test_bad_input():
     model = net(tt.Unfreeze(), targets="attn.q", head=False)
     with pytest.warns(UserWarning, match="clamped"):
         scheduled(model, adamw(model), tt.GaLore(rank=9))
+
+
+def test_what_the_error_advises_lets_the_weights_learn():
+    """The advice, taken at its word, gives GaLore the model's matrices, and not the head alone."""
+    model = net(tt.LoRA(rank=2), head=False)
+    with pytest.raises(tt.Unsupported, match=r"tt\.attach\(model, tt\.Unfreeze\(\), targets='linear'\)"):
+        scheduled(model, adamw(model), tt.GaLore(rank=2)).__enter__()
+    tt.detach(model, "default")
+    tt.attach(model, tt.Unfreeze(), targets="linear")
+    galore = tt.GaLore(rank=2)
+    with scheduled(model, adamw(model), galore) as s:
+        steps(model, s.optimizer, s, range(1))
+        inside = {name for name in galore.weights_of if name.startswith("blocks.")}
+    assert len(inside) >= 4 * 4
+
+
+def test_a_head_that_learns_alone_is_told():
+    model = net(tt.Unfreeze(), targets="head", head=False, layers=None)
+    with pytest.warns(UserWarning, match="the head alone learns"):
+        scheduled(model, adamw(model), tt.GaLore(rank=2)).__enter__()

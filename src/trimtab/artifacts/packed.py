@@ -367,6 +367,15 @@ class _Format:
         return manifest["name"], adapters, adapter_tensors(packed, root)
 
     @staticmethod
+    def inspect(path: Path) -> dict[str, Any]:
+        """The manifest of the adapter, after checking every checksum."""
+        from trimtab.artifacts.expand import adapter_manifest
+
+        packed = Packed(path)
+        packed.verify()
+        return adapter_manifest(packed)
+
+    @staticmethod
     def places(path: Path) -> list[dict[str, Any]]:
         """Entries as a manifest's."""
         from trimtab.artifacts.expand import adapter_manifest

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import os
 from dataclasses import dataclass
@@ -15,9 +14,10 @@ from torch import Tensor
 
 from trimtab.artifacts.base import Base, check, sample_of, values_in
 from trimtab.artifacts.skeleton import skeleton
-from trimtab.core.checkpoint import MANIFEST, fill, formats, read_manifest, read_tensors, rebuild
+from trimtab.core.checkpoint import fill, formats, read_manifest, read_tensors, rebuild
 from trimtab.core.contracts import Adapter
-from trimtab.core.errors import CheckpointMismatch, Unsupported
+from trimtab.core.errors import Unsupported
+from trimtab.core.recognition import check_options, recognise
 from trimtab.core.state import Group
 
 __all__ = ["Saved", "detect", "open_saved"]
@@ -53,15 +53,7 @@ def detect(path: Path) -> str:
     Raises:
         CheckpointMismatch: nothing that is known.
     """
-    if (path / MANIFEST).exists():
-        return "trimtab"
-    found = next((name for name, format in formats().items() if format.test(path)), None)
-    if found is None and path.is_dir():
-        read_manifest(path)  # says what is there instead
-    if found is None:
-        what = "is a file of no known adapter format" if path.exists() else "does not exist"
-        raise CheckpointMismatch(f"{path} {what}; known formats: trimtab, {', '.join(formats())}")
-    return found
+    return recognise(path, formats)
 
 
 def class_of(path: Path) -> str | None:
@@ -92,9 +84,8 @@ def open_saved(path: str | os.PathLike, base: Base | None = None, **options: Any
     """
     path = Path(path)
     kind = detect(path)
+    check_options(kind, None if kind == "trimtab" else formats()[kind], options, path)
     if kind == "trimtab":
-        if options:
-            raise Unsupported(f"{path} is trimtab's own; {', '.join(options)} cannot be said of it")
         manifest = read_manifest(path)
         tensors = read_tensors(path, manifest)
         name, sample, mark = manifest["name"], manifest["base"], manifest["seal"]
@@ -127,10 +118,6 @@ def open_saved(path: str | os.PathLike, base: Base | None = None, **options: Any
 def _read(path: Path, kind: str, base: Base | None, options: dict[str, Any]) -> tuple[str, list[Adapter], dict[str, Tensor]]:
     """What the reader of a format finds; on a base of shapes alone once more with values, where a start is computed from them."""
     format = formats()[kind]
-    known = [p for p in inspect.signature(format.read).parameters if p not in ("root", "path", "folder", "trainable")]
-    strange = [key for key in options if key not in known]
-    if strange:
-        raise Unsupported(f"{path} is of the format {kind}, of which {', '.join(strange)} cannot be said")
     root = skeleton(format.places(path), "unknown") if base is None else base.root
     found = format.read(root, path, **options)
     places = {f"{a.site.path}.{a.site.slot}": a.site for a in found[1]}

@@ -17,6 +17,7 @@ from trimtab.core.bank import shapes_only
 from trimtab.core.checkpoint import fill, formats, place_entry, save_group
 from trimtab.core.contracts import Adapter, MethodConfig
 from trimtab.core.errors import Unsupported, nearest
+from trimtab.core.recognition import check_options
 from trimtab.core.registry import get
 from trimtab.core.site import Cohort, Site
 from trimtab.core.state import ATTRIBUTE, Group
@@ -56,6 +57,7 @@ def write_adapters(
     model: Base | None,
     format: str = "trimtab",
     made: dict[str, Any] | None = None,
+    **options: Any,
 ) -> None:
     """Save ``adapters`` as one, atomically.
 
@@ -64,15 +66,18 @@ def write_adapters(
         model: the base, if there is one; other formats name its modules.
         format: ``"trimtab"`` or another that can be written.
         made: how it came about, for the manifest.
+        options: of the format's ``save``.
 
     Raises:
         Unsupported: the format is unknown, or cannot hold the adapters.
     """
     if format == "trimtab":
+        check_options(format, None, options, out)
         save_group(Group(name, list(adapters), trainable=False), out, base=base, **({"made": made} if made else {}))
         return
     if format not in formats():
         raise Unsupported(f"unknown format {format!r}{nearest(format, ['trimtab', *formats()])}")
+    check_options(format, formats()[format], options, out, verb="save")
     root = model.root if model is not None else _modules_of(adapters, base["class"])
     if model is None:
         adapters = [_on(root, adapter) for adapter in adapters]
@@ -81,7 +86,7 @@ def write_adapters(
         name += "'"
     mount_group(root, name, list(adapters), trainable=False)
     try:
-        formats()[format].save(root, out, name)
+        formats()[format].save(root, out, name, **options)
     finally:
         remove_group(root, name)
 

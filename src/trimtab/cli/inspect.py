@@ -11,7 +11,7 @@ __all__ = ["command"]
 
 
 def command(
-    adapter: Annotated[Path, typer.Argument(help="The folder of a saved adapter.")],
+    adapter: Annotated[Path, typer.Argument(help="The folder of a saved adapter, or a compressed one.")],
     tensors: Annotated[bool, typer.Option("--tensors", help="Also list the tensors.")] = False,
 ) -> None:
     """What a saved adapter holds; checks its files against their hashes, and needs no model."""
@@ -21,7 +21,7 @@ def command(
     from trimtab.core.table import Table
 
     manifest = inspect(adapter)
-    size = sum(file.stat().st_size for file in adapter.iterdir() if file.is_file())
+    size = sum(file.stat().st_size for file in (adapter.iterdir() if adapter.is_dir() else [adapter]) if file.is_file())
     count = sum(math.prod(entry["shape"]) for key, entry in manifest["tensors"].items() if key not in manifest["aliases"])
     base = manifest["base"]["class"]
     print(f"adapter {manifest['name']!r} for {base}: {len(manifest['places'])} places, {count:,} numbers, {size:,} bytes, intact")

@@ -42,6 +42,7 @@ def command(
     from trimtab.compat.sketch_folder import is_sketch
     from trimtab.core.errors import ShapeMismatch, Unsupported
     from trimtab.training.models import resolve
+    from trimtab.training.strict import assignments
 
     if rules:
         print(merge_rules())
@@ -57,7 +58,7 @@ def command(
         numbers = None if weights is None else [float(w) for w in weights.split(",")]
     except ValueError:
         raise ShapeMismatch(f"weights are numbers with commas between them, as 0.7,-0.3; found {weights!r}") from None
-    more = _settings(settings or [])
+    more = assignments(settings or (), "density=0.3")
     _unfit({"--rank": rank, "--name": name, "--format": None if format == "trimtab" else format}, kind == "adapter", kind)
     _unfit({"--into": into, "--untie": untie or None}, kind == "model", kind)
     common: dict[str, Any] = {"weights": numbers, "rule": rule, "max_error": max_error, "seed": seed, **more}
@@ -94,21 +95,6 @@ def _merge_modules(adapter: Path, base: str, out: Path, *, into: str | None, max
         dense_(model).save_pretrained(draft)
         load_pretrained(transformers.AutoTokenizer.from_pretrained, base).save_pretrained(draft)
     return report
-
-
-def _settings(given: list[str]) -> dict[str, Any]:
-    """``key=value`` texts as values."""
-    import yaml
-
-    from trimtab.core.errors import Unsupported
-
-    values = {}
-    for setting in given:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise Unsupported(f"a parameter of the rule is written key=value, as in density=0.3; found {setting!r}")
-        values[key] = yaml.safe_load(value)
-    return values
 
 
 def _unfit(options: dict[str, Any], fits: bool, kind: str) -> None:

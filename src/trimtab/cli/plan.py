@@ -24,19 +24,14 @@ def command(
 ) -> None:
     """Parameters, bytes and operations of a training step, without reading a weight."""
     import torch
-    import yaml
 
     from trimtab.cli._sizes import parse_bytes
     from trimtab.core.errors import Unsupported, nearest
     from trimtab.core.registry import config_from_dict
     from trimtab.training.plan import plan
+    from trimtab.training.strict import assignments
 
-    values = {}
-    for setting in settings or []:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise Unsupported(f"a hyperparameter is written key=value, as in rank=16; found {setting!r}")
-        values[key] = yaml.safe_load(value)
+    values = assignments(settings or (), "rank=16")
     dtypes = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
     if dtype not in dtypes:
         raise Unsupported(f"unknown dtype {dtype!r}{nearest(dtype, dtypes)}")

@@ -77,7 +77,7 @@ class Filling:
         """An adapter at ``site`` with these tensors, in any shape of as many numbers; ``keys`` of the file are then used."""
         try:
             type(config).adapter_class.check(config, site)
-            adapter = shapes_only(config, site, self._rng)
+            adapter = shapes_only(config, site, self._rng, {key: tuple(value.shape) for key, value in tensors.items()})
         except TrimtabError as error:
             self.problems.append(error)
             return
@@ -126,11 +126,16 @@ class ForeignFormat:
         raise NotImplementedError
 
     def load(
-        self, root: nn.Module, path: Path, *, name: str | None, trainable: bool, active: bool | None, check_base: bool = True
-    ) -> str:
+        self, root: nn.Module, path: Path, *, name: str | None, trainable: bool, active: bool | None, check_base: bool = True,
+        **options: Any,
+    ) -> str:  # fmt: skip
         """Attach what ``path`` holds; such a file tells nothing of its base's values."""
-        own, adapters, values = self.read(root, path, trainable=trainable)
+        own, adapters, values = self.read(root, path, trainable=trainable, **options)
         return install(root, adapters, values, name=name or own, trainable=trainable, active=active, source=str(path))
+
+    def inspect(self, path: Path) -> dict[str, Any]:
+        """Not possible: it has no manifest."""
+        raise Unsupported(f"{path} is of {self.label}, read here and not inspected; trimtab convert makes an adapter of it")
 
     def save(self, root: nn.Module, path: Path, name: str) -> Path:
         """Not possible."""

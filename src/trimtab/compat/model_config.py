@@ -40,7 +40,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def _plain(folder: Path, config: dict[str, Any]) -> Iterator[Path]:
-    """The folder, or, where its ``config.json`` starts with a byte-order mark, which transformers takes for damage, a copy of that."""
+    """The folder, or a copy of it where its ``config.json`` starts with a byte-order mark, which transformers takes for damage."""
     with open(folder / "config.json", "rb") as stream:
         marked = stream.read(2) in (b"\xef\xbb", b"\xff\xfe", b"\xfe\xff")
     if not marked:

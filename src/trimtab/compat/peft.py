@@ -20,6 +20,7 @@ from trimtab.compat.peft_read import Reader
 from trimtab.compat.peft_write import write
 from trimtab.core.checkpoint import FORMATS, install
 from trimtab.core.contracts import Adapter
+from trimtab.core.errors import Unsupported
 
 __all__ = ["PeftFolder"]
 
@@ -58,6 +59,11 @@ class PeftFolder:
         return "default", *Reader(root, folder, config, trainable).read()
 
     @staticmethod
+    def inspect(folder: Path) -> dict[str, Any]:
+        """Not possible: it has no manifest."""
+        raise Unsupported(f"{folder} is peft's, which is read here and not inspected; trimtab convert makes an adapter of it")
+
+    @staticmethod
     def places(folder: Path) -> list[dict[str, Any]]:
         """What low-rank factors tell of their places.
 
@@ -67,13 +73,16 @@ class PeftFolder:
         return factor_places(folder, read_tensors(folder))
 
     @staticmethod
-    def save(root: nn.Module, path: Path, name: str) -> Path:
+    def save(root: nn.Module, path: Path, name: str, *, base_name: str | None = None) -> Path:
         """Write the adapter ``name`` to the folder ``path``.
+
+        Args:
+            base_name: the base's folder or Hub id, for the config; None: the name that the model itself has.
 
         Raises:
             Unsupported: no form of it that peft reads computes the same.
         """
-        return write(root, path, name)
+        return write(root, path, name, base_name)
 
 
 FORMATS["peft"] = PeftFolder()

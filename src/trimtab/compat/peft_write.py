@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,8 +32,9 @@ class _Form(NamedTuple):
     tensors: dict[str, Tensor]
 
 
-def write(root: nn.Module, path: Path, name: str) -> Path:
+def write(root: nn.Module, path: Path, name: str, base_name: str | None = None) -> Path:
     """Write the adapter ``name`` of ``root`` to the folder ``path``; see ``PeftFolder.save``."""
+    base_name = base_name or _name_of(root)
     adapters = adapter_group(state_of(root), name).adapters
     base = fingerprint.take(root, adapters)
     rest = [a for a in adapters if not isinstance(a, Selection)]
@@ -41,7 +43,7 @@ def write(root: nn.Module, path: Path, name: str) -> Path:
         paths = sorted({a.site.path for a in adapters})
         copies = {f"{k.rpartition('.')[0]}.{NORM_COPY}.{k.rpartition('.')[2]}": v for k, v in whole.items()}
         own = {"peft_type": "LN_TUNING", "modules_to_save": None}
-        return write_folder(path, _common(root, paths) | own, copies, base=base)
+        return write_folder(path, _common(root, paths, base_name) | own, copies, base=base)
     if not rest:
         raise Unsupported(
             f"the adapter {name!r} only replaces parameters of the base, for which peft has no adapter type; "
@@ -50,13 +52,13 @@ def write(root: nn.Module, path: Path, name: str) -> Path:
     prompts = write_prompts(root, rest, name) if not saved else None
     if prompts is not None:
         own, tensors = prompts
-        common = {key: value for key, value in _common(root, []).items() if key != "target_modules"}
+        common = {key: value for key, value in _common(root, [], base_name).items() if key != "target_modules"}
         return write_folder(path, common | own, tensors, base=base)
     form = _native(rest) or _low_rank(rest, name)
     order = {p: i for i, (p, _) in enumerate(root.named_modules())}
     paths = sorted({a.site.path for a in rest}, key=order.__getitem__)
     config = {
-        **_common(root, paths),
+        **_common(root, paths, base_name),
         "peft_type": form.twin.peft_type,
         "modules_to_save": _whole_names(root, saved) or None,
         **form.fields,
@@ -66,14 +68,26 @@ def write(root: nn.Module, path: Path, name: str) -> Path:
     return write_folder(path, config, form.tensors | whole, base=base)
 
 
-def _common(root: nn.Module, paths: list[str]) -> dict[str, Any]:
+def _common(root: nn.Module, paths: list[str], base_name: str | None) -> dict[str, Any]:
     """Fields of every config."""
     return {
         "task_type": _task(root),
-        "base_model_name_or_path": getattr(getattr(root, "config", None), "_name_or_path", None) or None,
+        "base_model_name_or_path": base_name,
         "inference_mode": True,
         "target_modules": _targets(root, paths),
     }
+
+
+def _name_of(root: nn.Module) -> str | None:
+    """The base's name, by which peft's auto classes and servers find it; asked for where the model has none."""
+    found = getattr(getattr(root, "config", None), "_name_or_path", None) or None
+    if found is None:
+        warnings.warn(
+            f"this {type(root).__name__} has no name, so that the folder says base_model_name_or_path=null: peft's auto classes "
+            'and servers cannot find its base; say it with base_name="..." (--base-name)',
+            stacklevel=5,
+        )
+    return found
 
 
 def _task(root: nn.Module) -> str | None:

@@ -107,6 +107,7 @@ class _Expert(Site):
 def build_adapter(config: MethodConfig, site: Site, rng: torch.Generator) -> Adapter:
     """The adapter for one site; a bank of them where the site is a bank."""
     cls = type(config).adapter_class
+    config = cls.fit(config, site)
     if site.kind == "bare" and len(site.shape) == 3 and not issubclass(cls, Selection):
         return Bank(config, site, rng=rng)
     if issubclass(cls, Selection):

@@ -15,7 +15,7 @@ __all__ = ["site_activations", "site_gradients"]
 
 def site_gradients(
     model: nn.Module, sites: list[Site], loss: Callable[[nn.Module], Tensor | Iterable[Tensor]], powers: list[int] | None = None
-) -> None:
+) -> list[Site]:
     """Set ``site.gradient``: the sum over batches of ``(dL/dW) ** power``, shape ``(out, in)``, float32, on the CPU.
 
     A hook moves each gradient away as soon as it is accumulated, so that one gradient at a time stands beside the
@@ -25,21 +25,34 @@ def site_gradients(
         loss: gives a scalar, or yields scalars, one a batch; each graph is gone before the next batch is asked for.
         powers: 1 or 2 for every site; None: 1.
 
+    Returns:
+        Sites of a method's default that the loss does not depend on.
+
     Raises:
-        Unsupported: a quantised base, a site that the loss does not depend on, or a gradient that is not finite.
+        Unsupported: a quantised base, a gradient that is not finite, or no gradient at a site that was named (or at any).
     """
     wanted = list(zip(sites, powers or [1] * len(sites), strict=True))
     for site in sites:
         if is_quantised(site.parameter()):
             raise Unsupported(f"{site.name} is quantised; a gradient start needs the unquantised weights")
     sums = _collect(model, {(site.parameter(), power) for site, power in wanted}, loss)
+    unreached = [site for site, power in wanted if (site.parameter(), power) not in sums]
+    _refuse_named(unreached, sites, "the loss does not depend on {}; a gradient start needs a loss that does")
     for site, power in wanted:
         gradient = sums.get((site.parameter(), power))
         if gradient is None:
-            raise Unsupported(f"the loss does not depend on {site.name}; a gradient start needs a loss that does")
+            continue
         if not bool(torch.isfinite(gradient).all()):
             raise Unsupported(f"the loss gives {site.name} a gradient with NaN or infinite values; use other sample data")
         site.gradient = site.take(site.matrix(gradient))
+    return unreached
+
+
+def _refuse_named(unreached: list[Site], sites: list[Site], message: str) -> None:
+    """Raise for the first site that the sample data does not reach, if it was named, or if it reaches none."""
+    named = unreached if len(unreached) == len(sites) else [site for site in unreached if site.clause is not None]
+    if named:
+        raise Unsupported(message.format(named[0].name))
 
 
 def _collect(
@@ -77,14 +90,20 @@ def _collect(
     return sums
 
 
-def site_activations(model: nn.Module, sites: list[Site], loss: Callable[[nn.Module], Tensor | Iterable[Tensor]]) -> None:
+def site_activations(
+    model: nn.Module, sites: list[Site], loss: Callable[[nn.Module], Tensor | Iterable[Tensor]]
+) -> list[Site]:
     """Set ``site.activation``: root mean squares over tokens of a linear place's inputs and outputs, float64, on the CPU.
 
     Args:
         loss: as for ``site_gradients``; what it returns is not used.
 
+    Returns:
+        Sites of a method's default that the loss does not run.
+
     Raises:
-        Unsupported: a place that is no linear layer, that the loss does not reach, or whose activations are not finite.
+        Unsupported: a place that is no linear layer, that was named and the loss does not run, or whose activations are not
+            finite.
     """
     for site in sites:
         if site.kind != "linear":
@@ -107,10 +126,13 @@ def site_activations(model: nn.Module, sites: list[Site], loss: Callable[[nn.Mod
     finally:
         for hook in hooks:
             hook.remove()
+    unreached = [site for site in sites if not counts.get(site.module)]
+    _refuse_named(unreached, sites, "the loss does not run {}; a start from activations needs sample data that does")
     for site in sites:
-        if not counts.get(site.module):
-            raise Unsupported(f"the loss does not run {site.name}; a start from activations needs sample data that does")
+        if site in unreached:
+            continue
         inputs, outputs = (s.div(counts[site.module]).sqrt() for s in sums[site.module])
         if not bool(torch.isfinite(torch.cat([inputs, outputs])).all()):
             raise Unsupported(f"{site.name} has activations with NaN or infinite values; use other sample data")
         site.activation = inputs, outputs if site.rows is None else site.rows.take(outputs, 0)
+    return unreached

@@ -80,7 +80,7 @@ class Catalogue(Generic[E]):
 
 
 def arguments(values: Mapping[str, Any], known: Sequence[str], owner: str, what: str) -> dict[str, Any]:
-    """``values`` as keyword arguments, lists as tuples: YAML and JSON have no tuples.
+    """``values`` as keyword arguments; their types are the owner's to check (``core.fieldtypes``).
 
     Raises:
         NoMatch: a key that ``owner`` does not take; ``what`` is what it calls them.
@@ -88,4 +88,4 @@ def arguments(values: Mapping[str, Any], known: Sequence[str], owner: str, what:
     for key in values:
         if key not in known:
             raise NoMatch(f"{owner} has no {what} {key!r}{nearest(key, known)}")
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    return dict(values)

@@ -22,6 +22,7 @@ from trimtab.core.files import sync
 from trimtab.core.kinds import site_for
 from trimtab.core.places import module_site
 from trimtab.core.reading import check_finite, inside, read_json
+from trimtab.core.recognition import MANIFEST, check_options, recognise
 from trimtab.core.registry import config_from_dict, config_to_dict
 from trimtab.core.selection import Place
 from trimtab.core.site import Cohort, Rows, Site
@@ -33,12 +34,11 @@ __all__ = [
 ]  # fmt: skip
 
 VERSION = 1
-MANIFEST = "manifest.json"
 #: other formats by name, filled by trimtab.compat; trimtab/compat/formats.py says what each offers
 FORMATS: dict[str, Any] = {}
 
 
-def save(model: nn.Module, path: str | os.PathLike, *, name: str | None = None, format: str = "trimtab") -> Path:
+def save(model: nn.Module, path: str | os.PathLike, *, name: str | None = None, format: str = "trimtab", **options: Any) -> Path:
     """Write one adapter to the folder ``path``: ``manifest.json`` and one safetensors file; base weights never.
 
     The tensors are written first, under a name that holds their hash, then the manifest replaces the old one in one
@@ -46,7 +46,8 @@ def save(model: nn.Module, path: str | os.PathLike, *, name: str | None = None, 
 
     Args:
         name: the adapter; may be left out if there is one.
-        format: ``"trimtab"``, or ``"peft"`` for a folder that huggingface/peft loads.
+        format: ``"trimtab"``, or ``"peft"`` for a folder that huggingface/peft loads, or ``"diffusers"``.
+        options: of the format: ``base_name`` of peft's, ``component`` of diffusers'.
 
     Raises:
         NoMatch: no such adapter. Unsupported: unknown format, or a method the format cannot hold.
@@ -58,7 +59,9 @@ def save(model: nn.Module, path: str | os.PathLike, *, name: str | None = None, 
     if format != "trimtab":
         _refuse_bad(tensors_of(group))
         cut.refuse(root, f"the format {format!r}")
-        return _format(format).save(root, Path(path), group.name)
+        check_options(format, _format(format), options, Path(path), verb="save")
+        return _format(format).save(root, Path(path), group.name, **options)
+    check_options(format, None, options, Path(path))
     sample = fingerprint.take(root, group.adapters)
     return save_group(group, Path(path), base=sample, **cut.entry(root))
 
@@ -89,8 +92,9 @@ def load(
     trainable: bool = False,
     active: bool | None = None,
     check_base: bool = True,
+    **options: Any,
 ) -> str:
-    """Attach the adapter saved in the folder ``path``; returns its name.
+    """Attach the adapter saved in the folder or file ``path``; returns its name.
 
     Strict: every stored tensor is used, every needed one is there, shapes agree, and the base's weights are those the
     adapter was made for. Nothing is attached on error. Other adapters, and what is trainable, stay as they are.
@@ -100,17 +104,20 @@ def load(
         trainable: whether its parameters learn.
         active: whether it acts; None: only if no other adapter is on the model.
         check_base: compare a sample of the base's weights with the sample in the manifest.
+        options: what another library's format leaves open, as for ``tt.convert``: ``part`` of a file for several models,
+            ``alpha`` and ``permute`` of torchtune's, ``scale`` of MLX', ``head`` of adapter-hub's.
 
     Raises:
         CheckpointMismatch: damaged or foreign files, or another base. ShapeMismatch: sizes differ. NoMatch: a place is
-        missing. Unsupported: the name is taken.
+        missing. Unsupported: the name is taken, or an option that the format does not have.
     """
     root = unwrap(model)
     folder = Path(path)
-    if not (folder / MANIFEST).exists():
-        for other in formats().values():
-            if other.test(folder):
-                return other.load(root, folder, name=name, trainable=trainable, active=active, check_base=check_base)
+    kind = recognise(folder, formats)
+    other = formats()[kind] if kind != "trimtab" else None
+    check_options(kind, other, options, folder)
+    if other is not None:
+        return other.load(root, folder, name=name, trainable=trainable, active=active, check_base=check_base, **options)
     manifest = read_manifest(folder)
     tensors = read_tensors(folder, manifest)
     name = name or manifest["name"]
@@ -122,15 +129,9 @@ def load(
 
 
 def install(
-    root: nn.Module,
-    adapters: list[Adapter],
-    tensors: dict[str, Tensor],
-    *,
-    name: str,
-    trainable: bool,
-    active: bool | None,
+    root: nn.Module, adapters: list[Adapter], tensors: dict[str, Tensor], *, name: str, trainable: bool, active: bool | None,
     source: str,
-) -> str:
+) -> str:  # fmt: skip
     """Fill adapters that have shapes only with stored tensors, then mount them. Used by every format's reader."""
     state = state_of(root, create=False) if "_trimtab_state" in root.__dict__ else None
     if state is not None and name in state.groups:
@@ -154,9 +155,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not file.exists():
         names = sorted(p.name for p in Path(folder).iterdir()) if Path(folder).is_dir() else ["no such folder"]
         found = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-        raise CheckpointMismatch(
-            f"{folder} holds no trimtab adapter: there is no {MANIFEST} (found: {found or 'nothing'})"
-        )
+        raise CheckpointMismatch(f"{folder} holds no trimtab adapter: there is no {MANIFEST} (found: {found or 'nothing'})")
     manifest = read_json(file, finite=False)
     if not isinstance(manifest, dict) or manifest.get("format") != "trimtab":
         raise CheckpointMismatch(f"{file} is not a trimtab manifest")
@@ -386,7 +385,14 @@ def fill(adapters: list[Adapter], tensors: dict[str, Tensor], source: str) -> No
 
 
 def inspect(path: str | os.PathLike) -> dict[str, Any]:
-    """The manifest, after checking the tensors' file against it; needs no model."""
+    """The manifest, after checking the tensors' file against it; needs no model. A compressed adapter has one too.
+
+    Raises:
+        CheckpointMismatch: damaged, or no adapter. Unsupported: another library's.
+    """
+    kind = recognise(Path(path), formats)
+    if kind != "trimtab":
+        return formats()[kind].inspect(Path(path))
     manifest = read_manifest(Path(path))
     tensors = read_tensors(Path(path), manifest)
     if sorted(tensors) != sorted(manifest["tensors"]):

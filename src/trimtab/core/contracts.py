@@ -19,74 +19,19 @@ A minimal method, complete (it then trains, merges, saves, routes and serves)::
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from trimtab.core.errors import ShapeMismatch
+from trimtab.core.configs import MethodConfig, Span
 from trimtab.core.site import Operation, Site
 
 if TYPE_CHECKING:
     from trimtab.core.anatomy import Anatomy
 
 __all__ = ["ActivationAdapter", "Adapter", "MethodConfig", "Reparameterization", "Selection", "Span", "TokenAdapter"]
-
-
-@dataclass(frozen=True)
-class Span:
-    """A continuous range of a hyperparameter, both ends included; searched on a logarithmic axis if ``log``."""
-
-    low: float
-    high: float
-    log: bool = False
-
-
-@dataclass(frozen=True)
-class MethodConfig:
-    """Base of all configs: a frozen dataclass with under ten fields; what a user writes as ``tt.LoRA(rank=8)``.
-
-    Class attributes:
-        search: fields worth searching: for each either a tuple of choices, in order, or a ``Span``.
-        learning_rate: where Adam's learning rate for this method's parameters is worth searching.
-    """
-
-    adapter_class: ClassVar[type[Adapter]]
-    search: ClassVar[Mapping[str, tuple[Any, ...] | Span]] = {}
-    learning_rate: ClassVar[Span] = Span(1e-4, 1e-2, log=True)
-
-    def require(self, ok: bool, message: str) -> None:
-        """Raise ``ShapeMismatch`` with the config in the message unless ``ok``; for ``__post_init__``."""
-        if not ok:
-            raise ShapeMismatch(f"{self}: {message}")
-
-    def require_rank(self, rank: Any) -> None:
-        """``rank`` must be an integer of at least 1."""
-        self.require(
-            isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1,
-            f"the rank must be an integer of at least 1, found {rank!r}",
-        )
-
-    def require_count(self, *names: str, optional: bool = False) -> None:
-        """The named fields must be integers of at least 1, or None where ``optional``."""
-        for name in names:
-            value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-            self.require(
-                whole or (optional and value is None),
-                f"{name} must be {'None or ' * optional}an integer of at least 1, found {value!r}",
-            )
-
-    def require_choice(self, name: str, known: Sequence[str]) -> None:
-        """The named field must be one of ``known``."""
-        value = getattr(self, name)
-        self.require(value in known, f"{name} must be one of {', '.join(known)}, found {value!r}")
-
-    def require_probability(self, name: str, p: float) -> None:
-        """``p`` must lie in [0, 1)."""
-        self.require(0 <= p < 1, f"{name} must be at least 0 and below 1, found {p!r}")
 
 
 class Adapter(nn.Module):
@@ -132,14 +77,23 @@ class Adapter(nn.Module):
         """Raise ``ShapeMismatch`` or ``Unsupported`` if ``config`` does not fit ``site``. Called before anything is built."""
 
     @classmethod
+    def fit(cls, config: MethodConfig, site: Site) -> MethodConfig:
+        """The config with what the user left open chosen to fit ``site``; nothing that was given is changed."""
+        return config
+
+    @classmethod
     def wants(cls, config: MethodConfig) -> str | None:
         """What must be measured on sample data before it starts: ``"gradient"``, ``"activation"``, or nothing."""
         return "gradient" if cls.needs_gradient else None
 
     @classmethod
     def places(cls, config: MethodConfig, anatomy: Anatomy) -> str:
-        """Where the method acts if the user names no targets; override where an option or the model decides it."""
-        return cls.targets
+        """Where the method acts if the user names no targets; override where an option or the model decides it.
+
+        A method of linear layers acts on the convolutions of a model that has none.
+        """
+        matrices = any(role.startswith(("attn.", "mlp.", "linear")) for role in anatomy.roles.values()) or anatomy.banks
+        return "conv" if cls.targets == "linear" and not matrices and "conv" in cls.kinds else cls.targets
 
     @classmethod
     def needs(cls, config: MethodConfig) -> tuple[str, ...]:

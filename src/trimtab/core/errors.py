@@ -11,6 +11,7 @@ __all__ = [
     "NoMatch",
     "NotMergeable",
     "ShapeMismatch",
+    "TooSmall",
     "TrimtabError",
     "Unsupported",
     "nearest",
@@ -28,6 +29,10 @@ class NoMatch(TrimtabError, LookupError):
 
 class ShapeMismatch(TrimtabError, ValueError):
     """A hyperparameter or a tensor whose size does not fit the place."""
+
+
+class TooSmall(ShapeMismatch):
+    """A place whose matrix is smaller than what a hyperparameter asks for; the default targets pass such places by."""
 
 
 class NotMergeable(TrimtabError, RuntimeError):

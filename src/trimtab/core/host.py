@@ -19,6 +19,7 @@ from trimtab.core.calls import first_of, first_tensor, handed, replace_first, re
 from trimtab.core.contracts import ActivationAdapter, Adapter, TokenAdapter
 from trimtab.core.errors import Unsupported
 from trimtab.core.kinds import PartOperation, Through, bias_site, weight_site
+from trimtab.core.noting import note
 from trimtab.core.site import Operation, Site, dense
 from trimtab.core.tokens import Acting, Extra, Without, passages
 
@@ -160,6 +161,7 @@ class Host(nn.Module):
 
     def run(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         """The adapted forward of ``module``."""
+        note(self)
         acting = self.duties()
         if not acting:
             return self.without_tokens(module, args, kwargs)

@@ -184,7 +184,7 @@ def bias_site(site: Site) -> VectorSite:
     """The place of the bias of ``site``'s module (which may have none), the same rows of it."""
     out = site.shape[0] if site.kind == "vector" else site.shape[-2]
     same = {name: getattr(site, name) for name in ("module", "path", "part", "rows", "role", "block", "device", "dtype")}
-    return VectorSite(**same, tensor="bias", shape=(out,))
+    return VectorSite(**same, tensor=site.bias_name, shape=(out,))
 
 
 def weight_site(site: Site) -> LinearSite | None:

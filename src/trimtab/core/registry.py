@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from trimtab.core.catalogue import Catalogue, arguments
 from trimtab.core.errors import NoMatch, Unsupported
+from trimtab.core.fieldtypes import checked
 
 if TYPE_CHECKING:
     from trimtab.core.contracts import Adapter, MethodConfig
@@ -59,6 +60,7 @@ def method(config: type, *, paper: str, tests: tuple[dict[str, Any], ...] = ()) 
         name = config.__name__
         if not dataclasses.is_dataclass(config) or not config.__dataclass_params__.frozen:
             raise Unsupported(f"the config {name} of {adapter.__name__} must be a frozen dataclass")
+        checked(config)
         _METHODS.add(MethodEntry(name, config, adapter, paper, tests))
         config.adapter_class = adapter
         return adapter
@@ -88,7 +90,7 @@ def config_from_dict(stored: dict[str, Any]) -> MethodConfig:
     """The config that ``config_to_dict`` stored.
 
     Raises:
-        NoMatch: unknown method or unknown hyperparameter.
+        NoMatch: unknown method or unknown hyperparameter. ShapeMismatch: a value of another type, or out of its range.
     """
     values = dict(stored)
     if "name" not in values:

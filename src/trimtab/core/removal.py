@@ -8,6 +8,7 @@ from torch import nn
 
 from trimtab.core.contracts import Adapter
 from trimtab.core.errors import Unsupported
+from trimtab.core.guard import release
 from trimtab.core.host import escape
 from trimtab.core.mounting import dismount, retire
 from trimtab.core.state import adapter_group, dependants, drop_state, host, state_of, unwrap
@@ -48,6 +49,7 @@ def remove_group(root: nn.Module, name: str) -> None:
             if module._parameters.get(tensor) is not None:
                 module._parameters[tensor].requires_grad_(True)
         drop_state(root)
+        release(root)
 
 
 def remove_adapters(root: nn.Module, name: str, gone: Collection[Adapter]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -15,7 +15,7 @@ from trimtab.core.errors import NoMatch, TrimtabError, Unsupported, nearest, rai
 from trimtab.core.site import Rows
 from trimtab.core.sublayers import SUBLAYERS, Sublayer
 
-__all__ = ["GROUPS", "ROLES", "SUBLAYERS", "Place", "describe", "select"]
+__all__ = ["GROUPS", "ROLES", "SUBLAYERS", "Place", "clauses_of", "describe", "select"]
 
 ROLES = (
     "attn.q", "attn.k", "attn.v", "attn.o", "attn.qkv", "attn.kv", "mlp.gate", "mlp.up", "mlp.gate_up", "mlp.down",
@@ -44,6 +44,7 @@ class Place:
         block: index of its block.
         source: path of another module whose first input is read here, for methods on activations; None: the module's own.
         source_module: that module.
+        clause: the clause of ``targets`` that named it; None where the method's default did.
     """
 
     path: str
@@ -55,6 +56,7 @@ class Place:
     block: int | None = None
     source: str | None = None
     source_module: nn.Module | None = None
+    clause: str | None = None
 
     @property
     def key(self) -> tuple[str, str | None, str | None]:
@@ -62,7 +64,7 @@ class Place:
         return self.path, self.tensor, self.part
 
 
-Targets = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
+Targets = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
 
 
 def select(
@@ -75,6 +77,7 @@ def select(
     leaves: Callable[[nn.Module], bool] | None = None,
     containers: bool = False,
     reads: str | None = None,
+    wanted: str = "",
 ) -> list[Place]:
     """The places that ``targets`` means, in model order, each once.
 
@@ -83,35 +86,40 @@ def select(
     places below it.
 
     Args:
-        targets: clauses joined by ``|``, a list of them, a callable ``(path, module) -> bool``, or None for ``default``.
+        targets: clauses joined by ``|``, a list of them, a callable ``(path, module) -> bool``, or None for ``default``, of which
+            one clause must match.
         layers: block indices to stay within.
         leaves: what counts as a place; None: modules with a matrix, packed projections, expert banks.
         containers: take a matched module itself, even if it is no leaf.
         reads: for methods on activations, which parts of a branch they see: ``"output"``, ``"input"`` or ``"residual"``. The
             clauses ``attn``, ``cross`` and ``mlp`` then mean whole attentions and feed-forwards, one place each.
+        wanted: what a place must have, as a message says it, where ``leaves`` looks for it.
 
     Raises:
-        NoMatch: clauses that match nothing, all together.
+        NoMatch: clauses that match nothing, all together; or no clause at all.
         Unsupported: a fused matrix is selected both whole and in part; or what ``reads`` asks for is not known there.
     """
     anatomy = anatomy or anatomy_module.of(model)
     problems: list[TrimtabError] = []
     allowed = _layers(anatomy, layers, problems)
     raise_all(problems)
-    search = _Search(anatomy, leaves, containers, allowed, reads)
+    search = _Search(anatomy, leaves, containers, allowed, reads, wanted)
     value = default if targets is None else targets
     found: dict[tuple, Place] = {}
     if callable(value):
         hits = [place for path, module in anatomy.modules.items() if path and value(path, module) for place in search.at(path)]
         if not hits:
             problems.append(NoMatch(f"the callable matches none of {len(anatomy.modules)} modules{search.hint()}"))
-        found = {place.key: place for place in hits}
+        found = {place.key: replace(place, clause="the callable") for place in hits}
     else:
-        for clause in _clauses(value):
+        for clause in clauses_of(value, f"leave targets out for the method's own default, {default!r}, or name places"):
             hits = search.clause(clause)
             if not hits:
                 problems.append(NoMatch(search.explain(clause)))
-            found.update({place.key: place for place in hits if place.key not in found})
+            name = None if targets is None else clause
+            found.update({place.key: replace(place, clause=name) for place in hits if place.key not in found})
+        if targets is None and found:
+            problems.clear()  # a default means what there is of it
     if reads is not None:
         found = _as_modules(search, found, problems)
     _collisions(found, problems)
@@ -138,10 +146,26 @@ def _layers(anatomy: Anatomy, layers: Sequence[int] | None, problems: list[Trimt
     return wanted
 
 
-def _clauses(value: str | Sequence[str]) -> list[str]:
+def clauses_of(value: str | Iterable[str], advice: str) -> list[str]:
+    """The clauses of an expression, or of a list of expressions.
+
+    Raises:
+        NoMatch: there is none. Unsupported: something else than texts.
+    """
+    if not isinstance(value, str | Iterable) or isinstance(value, bytes):
+        raise Unsupported(f"places are named by a text, a list of texts or a callable (path, module) -> bool, found {value!r}")
+    texts = [value] if isinstance(value, str) else list(value)
+    bad = [text for text in texts if not isinstance(text, str)]
+    if bad:
+        raise Unsupported(f"a list of places holds texts, found {bad[0]!r} of type {type(bad[0]).__name__}")
+    found = [clause for text in texts for clause in _split(text)]
+    if not any(found):
+        raise NoMatch(f"{value!r} names no place, so that nothing would learn; {advice}")
+    return found
+
+
+def _split(value: str) -> list[str]:
     """Clauses of an expression: split at ``|`` outside brackets."""
-    if not isinstance(value, str):
-        return [clause for entry in value for clause in _clauses(entry)]
     clauses, depth, start = [], 0, 0
     for index, letter in enumerate(value):
         depth += (letter in "([{") - (letter in ")]}")
@@ -158,6 +182,7 @@ class _Search:
     containers: bool
     allowed: set[int] | None
     reads: str | None = None
+    wanted: str = ""
 
     def inside(self, path: str) -> bool:
         """Whether the layers' restriction lets ``path`` through."""
@@ -257,6 +282,12 @@ class _Search:
 
     def explain(self, clause: str) -> str:
         """Why a clause matched nothing, and what is near it."""
+        if not clause:
+            return f"an empty clause names no place{self.hint()}"
+        test = GROUPS.get(clause, lambda role: role == clause)
+        there = [path for path, role in self.anatomy.roles.items() if test(role) and self.inside(path)]
+        if there and self.wanted:
+            return f"{clause!r} means {len(there)} places ({there[0]}, ...), of which none has {self.wanted}{self.hint()}"
         known = [*dict.fromkeys(self.anatomy.roles.values()), *GROUPS, *ROLES, *(SUBLAYERS if self.reads is not None else ())]
         known += list(dict.fromkeys(path.rpartition(".")[2] for path in self.anatomy.roles))
         known += list(self.anatomy.modules)

@@ -196,6 +196,7 @@ class Site(Operation):
         stored: shapes of the tensors saved for this place, by name, only while a load rebuilds its adapter: for sizes
             that the data chose, and not the config.
         source: another module whose first input an activation adapter reads here, and its path; None: the module's own input.
+        clause: the clause of ``targets`` that named it at attach; None where the method's default did, and after a load.
     """
 
     module: nn.Module
@@ -218,6 +219,7 @@ class Site(Operation):
     stored: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     source: nn.Module | None = None
     source_path: str | None = None
+    clause: str | None = None
     kind = "?"
     #: sites of these kinds act by replacing the tensor that the module reads, not by the module's forward
     substitutes = False
@@ -246,7 +248,19 @@ class Site(Operation):
     @property
     def carries_bias(self) -> bool:
         """Whether the module's forward adds a bias if there is one: it has a place for it, empty or not."""
-        return "bias" in self.module._parameters
+        if self.bias_name == "bias":
+            return "bias" in self.module._parameters
+        return self.module._parameters.get(self.bias_name) is not None
+
+    @property
+    def bias_name(self) -> str:
+        """The name of the bias that belongs to the tensor."""
+        return "in_proj_bias" if self.tensor == "in_proj_weight" else "bias"
+
+    @property
+    def has_rows_of_bias(self) -> bool:
+        """Whether a bank has biases, (experts, out), beside it."""
+        return self.module._parameters.get(f"{self.tensor}_bias") is not None
 
     @property
     def is_meta(self) -> bool:

@@ -16,11 +16,15 @@ class Table:
         title: printed above.
         sums: columns that a last line adds up.
         limit: rows printed before the middle is left out; ``records`` always has all.
+
+    Attributes:
+        notes: sentences printed below the rows.
     """
 
     def __init__(self, columns: tuple[str, ...], *, title: str = "", sums: tuple[str, ...] = (), limit: int = 40):
         self.columns, self.title, self.sums, self.limit = columns, title, sums, limit
         self.rows: list[tuple[Any, ...]] = []
+        self.notes: list[str] = []
 
     def add(self, *row: Any) -> None:
         """Append one row, a value a column."""
@@ -67,7 +71,12 @@ class Table:
             for line in lines
         ]
         text.insert(1, "  ".join("-" * w for w in widths))
-        return "\n".join(([self.title] if self.title else []) + text)
+        return "\n".join(([self.title] if self.title else []) + text + self._notes())
+
+    def _notes(self) -> list[str]:
+        half = self.limit // 2
+        cut = len(self.notes) - 2 * half
+        return self.notes if cut <= 0 else [*self.notes[:half], f"... {cut} more", *self.notes[-half:]]
 
     __repr__ = __str__
 

@@ -2,7 +2,26 @@
 
 from __future__ import annotations
 
-__all__ = ["factorization", "nearest_divisors"]
+import math
+from collections.abc import Callable
+
+__all__ = ["divisors", "factorization", "nearest_divisor", "nearest_divisors"]
+
+
+def divisors(n: int) -> list[int]:
+    """All divisors of ``n``, ascending."""
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return small + [n // d for d in reversed(small) if d * d != n]
+
+
+def nearest_divisor(n: int, k: int, *, least: int = 1, where: Callable[[int], bool] = lambda d: True) -> int | None:
+    """The divisor of ``n``, at least ``least``, whose ratio to ``k`` is nearest to 1 (the smaller of two); None if there is none.
+
+    Args:
+        where: what else it must be.
+    """
+    good = [d for d in divisors(n) if d >= least and where(d)]
+    return min(good, key=lambda d: (max(d, k) / min(d, k), d), default=None)
 
 
 def nearest_divisors(n: int, k: int) -> str:

@@ -43,7 +43,7 @@ def lifted(R: Tensor, P: Tensor, shape: tuple[int, int]) -> Tensor:
 @schedule(paper="arXiv:2403.03507", tests=({"rank": 2, "every": 2},))
 @dataclass(eq=False)
 class GaLore(Schedule):
-    """Full weights at the optimizer memory of a low rank: for ``tt.Unfreeze`` on matrices.
+    """Full weights at the optimizer memory of a low rank: for ``tt.attach(model, tt.Unfreeze(), targets="linear")``.
 
     Not to save the weights' gradients, which are whole, nor a small adapter: what is stored is the whole weight.
 
@@ -78,7 +78,14 @@ class GaLore(Schedule):
         if not found:
             methods = ", ".join(sorted({type(a.config).__name__ for a in adapters})) or "nothing"
             raise Unsupported(
-                f"GaLore projects the gradients of matrices that learn whole, tt.attach(model, tt.Unfreeze()); attached: {methods}"
+                "GaLore projects the gradients of matrices that learn whole, such as those of tt.attach(model, tt.Unfreeze(), "
+                f"targets='linear') (without targets the head alone learns); attached: {methods}"
+            )
+        if all(a.site.role == "head" for a in found):
+            warnings.warn(
+                f"the head alone learns ({found[0].site.path}), so that GaLore projects nothing else; for the model's other "
+                "weights attach tt.Unfreeze() with targets='linear'",
+                stacklevel=2,
             )
         if all(min(p.shape) < self.rank for p in self.weights_of.values()):
             warnings.warn(f"all matrices are smaller than rank={self.rank}, which is clamped: nothing is saved", stacklevel=2)

@@ -57,6 +57,8 @@ class LightPEFT(Schedule):
         align: round counts of channels that are left to multiples of it (64 for GPUs).
         originals: what becomes of the uncut weights: ``"keep"``; ``"host"``, in the CPU's memory; ``"drop"``, to be given again
             when ``trimtab.schedules.restoration.restore`` puts the base back.
+        official: count as the authors do: of n units a share p takes ``floor(p (n - 1)) + 1`` (what their strict comparison with a
+            quantile takes), in place of the nearest whole number to ``p n``; a number is a number either way.
 
     Raises:
         ValueError: a number out of its range, or nothing to prune.
@@ -66,7 +68,7 @@ class LightPEFT(Schedule):
 
     def __init__(self, estimate: int | float = 0.05, *, heads: int | float = 1 / 3, channels: int | float = 1 / 3,
                  modules: int | float = 0.75, ranks: int | float = 0.5, l1: float = 1e-4, mask_rate: float = 1.0,
-                 masks: str = "reset", align: int = 1, originals: str = "host"):  # fmt: skip
+                 masks: str = "reset", align: int = 1, originals: str = "host", official: bool = False):  # fmt: skip
         self.amounts = {"heads": heads, "channels": channels, "modules": modules, "ranks": ranks}
         for name, value in self.amounts.items():
             if isinstance(value, bool) or not (value >= 0 if isinstance(value, int) else 0 <= value < 1):
@@ -82,7 +84,7 @@ class LightPEFT(Schedule):
         if originals not in surgery.ORIGINALS:
             raise ValueError(f"originals must be one of {', '.join(surgery.ORIGINALS)}, found {originals!r}")
         self.estimate, self.l1, self.mask_rate, self.masks = estimate, l1, mask_rate, masks
-        self.align, self.originals = align, originals
+        self.align, self.originals, self.official = align, originals, official
         self.needs_steps = isinstance(estimate, float)
         self.owns = frozenset({"rank"}) if modules or ranks else frozenset()
         self.stage: Estimation | None = None
@@ -208,6 +210,10 @@ class LightPEFT(Schedule):
         self._thin_out(lost, ranks)
         self.done = {"kept": packed(kept), "lost": [list(key) for key in lost], "ranks": [[*key, r] for key, r in ranks.items()]}
 
+    def _gone(self, what: str, n: int) -> int:
+        """How many of ``n`` go."""
+        return prune_count(self.amounts[what], n, official=self.official)
+
     def _units_left(self, stage: Estimation) -> Kept:
         """Which units stay, by the factors."""
         index: dict[str, Tensor] = {}
@@ -217,11 +223,11 @@ class LightPEFT(Schedule):
             if u.reader not in stage.reached or bool((mask == 1).all()):
                 raise RuntimeError(f"no importance recorded: the factors of the {u.kind} that {u.reader} reads have not moved")
             if u.kind == "heads":
-                index[u.reader] = keep_best(mask, prune_count(self.amounts["heads"], u.count))
+                index[u.reader] = keep_best(mask, self._gone("heads", u.count))
             else:
                 pooled.append(u)
         if pooled:
-            gone = prune_count(self.amounts["channels"], sum(u.count for u in pooled))
+            gone = self._gone("channels", sum(u.count for u in pooled))
             left = keep_best_of_all([stage.masks[u.reader] for u in pooled], gone, align=self.align)
             index |= {u.reader: i for u, i in zip(pooled, left, strict=True)}
         return stage.kept(index)
@@ -233,7 +239,7 @@ class LightPEFT(Schedule):
             means, found = stage.ratios.means(), stage.ratios.adapters
             if not bool((means > 0).any()):
                 raise RuntimeError("no importance recorded: no adapted module changed anything in the estimation's second half")
-            stays = set(keep_best(means, prune_count(self.amounts["modules"], len(found))).tolist())
+            stays = set(keep_best(means, self._gone("modules", len(found))).tolist())
             lost = [a for i, a in enumerate(found) if i not in stays]
         ranks: dict[Key, Tensor] = {}
         if self.amounts["ranks"]:
@@ -242,7 +248,7 @@ class LightPEFT(Schedule):
             if not bool((flat > 0).any()):
                 raise RuntimeError("no importance recorded: all scores of ranks are 0 after the second half of the estimation")
             stays_flat = torch.zeros(len(flat), dtype=torch.bool)
-            stays_flat[keep_best(flat, prune_count(self.amounts["ranks"], len(flat)))] = True
+            stays_flat[keep_best(flat, self._gone("ranks", len(flat)))] = True
             for (a, _), mine in zip(scored, stays_flat.split([len(s) for _, s in scored]), strict=True):
                 if mine.any():
                     ranks[self._key(a)] = mine.nonzero().flatten()

@@ -1,7 +1,8 @@
 """LISA: every so many steps other layers learn, drawn uniformly; embeddings and head always do.
 
 At step t with ``t % every == 0``, 0 included, ``sampled`` layers are drawn without replacement and learn until the next draw. The
-paper trains whole layers (here ``tt.Unfreeze``); any method of layers will do. Source: arXiv 2403.17919, Algorithm 1.
+paper trains whole layers, embeddings and head, here ``tt.attach(model, tt.Unfreeze(), targets="block | embedding | head")`` (its
+default is the head alone); any method of layers will do. Source: arXiv 2403.17919, Algorithm 1.
 """
 
 from __future__ import annotations

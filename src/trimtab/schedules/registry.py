@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from trimtab.core.catalogue import Catalogue, arguments
 from trimtab.core.errors import NoMatch, Unsupported, nearest
+from trimtab.core.fieldtypes import checked
 from trimtab.core.table import Table
 from trimtab.schedules.contract import OWNERSHIPS, Schedule
 
@@ -51,6 +52,7 @@ def schedule(*, paper: str, tests: tuple[dict[str, Any], ...] = ({},)) -> Callab
         unknown = sorted(cls.owns - set(OWNERSHIPS))
         if unknown:
             raise Unsupported(f"{cls.__name__} owns {unknown[0]!r}{nearest(unknown[0], OWNERSHIPS)}")
+        checked(cls)
         _SCHEDULES.add(ScheduleEntry(cls.__name__, cls, paper, tests))
         return cls
 

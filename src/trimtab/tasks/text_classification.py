@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,13 +11,14 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trimtab.core.errors import nearest
 from trimtab.tasks import Bundle, Task, task
 from trimtab.training.config import TrainConfig
 from trimtab.training.data import Row, load_rows, load_splits
 from trimtab.training.errors import DataError
+from trimtab.training.labels import check_known, label_names, label_of
 from trimtab.training.metrics import Metric, classification
 from trimtab.training.models import load_pretrained
+from trimtab.training.strict import check_characters
 
 __all__ = ["PooledClassifier", "TextClassification", "TextClassificationConfig"]
 
@@ -83,11 +85,12 @@ class TextClassification(Task):
     def prepare(self, config: TextClassificationConfig) -> Bundle:
         """Raises ``DataError`` for rows that cannot be used; see ``Task.prepare``."""
         splits = load_splits(config.data, _columns(config), seed=config.seed)
-        labels = sorted({str(row.values[config.data.label]) for row in splits["train"]})
+        labels = label_names(splits["train"], config.data.label)
         if len(labels) < 2:
             raise DataError(f"the training rows have the one label {labels[0]!r}; classification needs at least two")
         for split, rows in splits.items():
-            _check_labels(rows, labels, split, config.data.label)
+            check_known(rows, labels, split, config.data.label)
+        _tell_seen(splits, config)
         return _bundle(config, {"labels": labels}, splits)
 
     def restore(self, config: TextClassificationConfig, info: dict[str, Any], inputs: str | list[Any]) -> Bundle:
@@ -101,7 +104,7 @@ class TextClassification(Task):
             if split not in splits:
                 raise DataError(f"the data has no split {split!r}; found {', '.join(splits)}, or give a file or texts")
             rows = splits[split]
-        _check_labels(rows, info["labels"], split, config.data.label)
+        check_known(rows, info["labels"], split, config.data.label)
         return _bundle(config, info, {split: rows})
 
     def decode(self, info: dict[str, Any], outputs: Any) -> list[dict[str, Any]]:
@@ -130,16 +133,22 @@ def _raw_rows(config: TextClassificationConfig, inputs: list[Any]) -> list[Row]:
     return rows
 
 
-def _check_labels(rows: list[Row], labels: list[str], split: str, column: str) -> None:
-    """Refuse labels that no training row has: the model could never be right on them."""
-    known = set(labels)
-    strangers = [row for row in rows if str(row.values[column]) not in known]
-    if strangers:
-        label, count = str(strangers[0].values[column]), len({str(row.values[column]) for row in strangers})
-        raise DataError(
-            f"{strangers[0].where} ({split}): the label {label!r} is not in the training data{nearest(label, labels)}; "
-            f"{count} such labels on {len(strangers)} rows: correct them, or add training rows"
-        )
+def _tell_seen(splits: dict[str, list[Row]], config: TextClassificationConfig) -> None:
+    """Warn of validation and test rows whose texts are, word for word, among the training rows."""
+    columns = _columns(config)[:-1]
+
+    def text(row: Row) -> tuple[str, ...]:
+        return tuple(str(row.values[column]).strip() for column in columns)
+
+    trained = set(map(text, splits["train"]))
+    for split in splits:
+        seen = [row for row in splits[split] if split != "train" and text(row) in trained]
+        if seen:
+            warnings.warn(
+                f"{len(seen)} of {len(splits[split])} {split} rows are, word for word, among the training rows (first: "
+                f"{seen[0].where}): what they give says little",
+                stacklevel=3,
+            )
 
 
 def _bundle(config: TextClassificationConfig, info: dict[str, Any], splits: dict[str, list[Row]]) -> Bundle:
@@ -200,11 +209,12 @@ def _encode(tokenizer: Any, rows: list[Row], config: TextClassificationConfig, l
         for column in filter(None, (data.text, data.text_pair)):
             if not isinstance(row.values.get(column, ""), str):
                 raise DataError(f"{row.where}: the column {column!r} must be text; found {row.values[column]!r}")
+            check_characters(row.values.get(column), row.where)
     texts = [row.values[data.text] for row in rows]
     pairs = [row.values[data.text_pair] for row in rows] if data.text_pair is not None else None
     encoded = tokenizer(texts, pairs, truncation=True, max_length=data.max_length)
     examples = [{key: encoded[key][i] for key in encoded} for i in range(len(rows))]
     for example, row in zip(examples, rows, strict=True):
         if data.label in row.values:
-            example["labels"] = number[str(row.values[data.label])]
+            example["labels"] = number[label_of(row, data.label, number)]
     return examples

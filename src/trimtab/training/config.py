@@ -9,23 +9,36 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from trimtab.core import registry
 from trimtab.core.errors import TrimtabError, nearest
+from trimtab.core.fieldtypes import leaves
 from trimtab.schedules.contract import Schedule
 from trimtab.schedules.registry import check_owners, from_dict
 from trimtab.training.errors import ConfigError
+from trimtab.training.strict import assignments, check_characters, dump_yaml, parse_yaml, read_text
 
 __all__ = ["DataConfig", "TrainConfig", "load_config", "parse_override", "read_config", "to_yaml"]
 
 
 M = TypeVar("M", bound=BaseModel)
+OVERRIDES = "epochs=3 or method.rank=16"
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers_are_no_truth_values(cls, values: Any) -> Any:
+        """YAML reads ``yes`` and ``on`` as true, and pydantic would read true as 1."""
+        for key, field in cls.model_fields.items() if isinstance(values, Mapping) else ():
+            kinds, value = leaves(field.annotation), values.get(key)
+            held = value if isinstance(value, list | tuple) else [value]
+            if {int, float} & kinds and not {bool, Any} & kinds and any(isinstance(each, bool) for each in held):
+                raise ValueError(f"{key} must be a number, found {value!r}")
+        return values
 
 
 class DataConfig(_Frozen):
@@ -124,7 +137,7 @@ class TrainConfig(_Frozen):
     patience: int | None = Field(None, ge=1)
     bucket: bool = True
     max_steps: int | None = Field(None, ge=1)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     deterministic: bool = True
     threads: int | None = Field(None, ge=1)
 
@@ -185,13 +198,8 @@ def parse_override(text: str) -> tuple[str, Any]:
     Raises:
         ConfigError: there is no ``=``, or the value is no YAML.
     """
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise ConfigError(f"an override is written key=value, as in epochs=3 or method.rank=16; found {text!r}")
-    try:
-        return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"the value of the override {text!r} is no YAML: {error}") from error
+    ((key, value),) = assignments([text], OVERRIDES).items()
+    return key, value
 
 
 def load_config(
@@ -222,10 +230,12 @@ def read_config(
     overrides: Mapping[str, Any] | Iterable[str] = (),
 ) -> M:
     """A checked configuration of any kind: ``load_config`` for the class that ``cls`` chooses by the raw values."""
-    pairs = overrides.items() if isinstance(overrides, Mapping) else [parse_override(text) for text in overrides]
+    given = overrides if isinstance(overrides, Mapping) else assignments(overrides, OVERRIDES)
     values, where = _read(config)
-    for key, value in pairs:
-        _assign(values, key, value)
+    # a whole section before what reaches into it, in whatever order they came: neither is lost
+    for key in sorted(given, key=lambda key: key.count(".")):
+        _assign(values, key, given[key])
+    check_characters(values, where, ConfigError)
     return _validate(cls(values), values, where)
 
 
@@ -237,10 +247,7 @@ def _read(config: str | Path | Mapping[str, Any] | BaseModel) -> tuple[dict[str,
     path = Path(config)
     if not path.is_file():
         raise ConfigError(f"there is no configuration file {path}; give a YAML file such as examples/supersense.yaml")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is no YAML: {error}") from error
+    values = parse_yaml(read_text(path, ConfigError), str(path))
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold `key: value` lines; found {type(values).__name__}")
     return values, str(path)
@@ -286,4 +293,4 @@ def _sentence(cls: type[BaseModel], problem: Mapping[str, Any]) -> str:
 
 def to_yaml(config: BaseModel) -> str:
     """The whole resolved configuration, defaults included, as YAML that ``load_config`` reads back."""
-    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+    return dump_yaml(config.model_dump())

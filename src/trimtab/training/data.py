@@ -6,7 +6,8 @@ A row is ``Row(values, where)``: the needed columns alone, and ``where`` such as
 from __future__ import annotations
 
 import csv
-import json
+import io
+import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,8 +17,9 @@ from typing import Any
 from trimtab.core.errors import nearest
 from trimtab.training.config import DataConfig
 from trimtab.training.errors import DataError
+from trimtab.training.strict import check_characters, parse_json, read_text
 
-__all__ = ["PACKAGED", "SPLITS", "Row", "hold_out", "load_rows", "load_source", "load_splits", "packaged_path"]
+__all__ = ["PACKAGED", "SPLITS", "Row", "hold_out", "load_rows", "load_source", "load_splits", "no_value", "packaged_path"]
 
 SPLITS = ("train", "validation", "test")
 PACKAGED = Path(__file__).resolve().parent.parent / "data"
@@ -78,13 +80,15 @@ def load_rows(path: Path, columns: Sequence[str], *, optional: Sequence[str] = (
     readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
     if path.suffix not in readers:
         raise DataError(f"{path} has the suffix {path.suffix!r}; trimtab reads {', '.join(_SUFFIXES)}")
-    try:
-        rows = list(_checked(readers[path.suffix](path), columns, optional))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: {error}; convert it to UTF-8") from error
+    rows = list(_checked(readers[path.suffix](path), columns, optional))
     if not rows:
         raise DataError(f"{path} is empty; give a file with at least one row")
     return rows
+
+
+def no_value(value: Any) -> bool:
+    """Whether a value is none: null, NaN, or a text of blanks alone."""
+    return value is None or (isinstance(value, float) and math.isnan(value)) or (isinstance(value, str) and not value.strip())
 
 
 def _checked(rows: Iterable[Row], columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[Row]:
@@ -94,31 +98,27 @@ def _checked(rows: Iterable[Row], columns: Sequence[str], optional: Sequence[str
             if column not in row.values:
                 hint = nearest(column, row.values)
                 raise DataError(f"{row.where} has no column {column!r}; found {sorted(map(str, row.values))}{hint}")
-            if row.values[column] is None or row.values[column] == "":
-                raise DataError(f"{row.where} has no value in the column {column!r}; fill it in or drop the row")
-        yield Row({column: row.values.get(column) for column in (*columns, *optional)}, row.where)
+            if no_value(row.values[column]):
+                found = f" (found {row.values[column]!r})" if row.values[column] not in (None, "") else ""
+                raise DataError(f"{row.where} has no value in the column {column!r}{found}; fill it in or drop the row")
+        kept = {column: row.values.get(column) for column in (*columns, *optional)}
+        check_characters(kept, row.where)
+        yield Row(kept, row.where)
 
 
 def _jsonl(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                values = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{where} is no JSON ({error.msg} at column {error.colno}): {line.strip()[:60]!r}") from error
-            if not isinstance(values, dict):
-                raise DataError(f"{where} must be a JSON object; found {type(values).__name__}")
-            yield Row(values, where)
+    for number, line in enumerate(io.StringIO(read_text(path)), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        values = parse_json(line, where)
+        if not isinstance(values, dict):
+            raise DataError(f"{where} must be a JSON object; found {type(values).__name__}")
+        yield Row(values, where)
 
 
 def _json(path: Path) -> Iterator[Row]:
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is no JSON ({error.msg} at line {error.lineno}, column {error.colno})") from error
+    entries = parse_json(read_text(path), str(path))
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise DataError(f"{path} must be a JSON list of objects, one a row; a file with one object a line is named .jsonl")
     for index, values in enumerate(entries, 1):
@@ -126,16 +126,27 @@ def _json(path: Path) -> Iterator[Row]:
 
 
 def _csv(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines, restkey="", strict=True)
-        try:
-            for values in reader:
-                where = f"{path}, line {reader.line_num}"
-                if "" in values or None in values.values():
-                    raise DataError(f"{where} has not the {len(reader.fieldnames or ())} fields of the header")
-                yield Row(values, where)
-        except csv.Error as error:
-            raise DataError(f"{path}, line {reader.line_num} is no CSV: {error}") from error
+    reader = csv.reader(io.StringIO(read_text(path, newline=""), newline=""), strict=True)
+    try:
+        header = next(reader, [])
+        _refuse_twice(header, f"{path}, line 1")
+        for fields in reader:
+            where = f"{path}, line {reader.line_num}"
+            if not fields:  # an empty line
+                continue
+            if len(fields) != len(header):
+                raise DataError(f"{where} has not the {len(header)} fields of the header, but {len(fields)}")
+            yield Row(dict(zip(header, fields, strict=True)), where)
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num} is no CSV: {error}") from error
+
+
+def _refuse_twice(header: Sequence[str], where: str) -> None:
+    """Refuse columns of one name, blanks around it aside; columns without a name are nobody's."""
+    names = [name.strip() for name in header]
+    twice = sorted({name for name in names if name and names.count(name) > 1})
+    if twice:
+        raise DataError(f"{where}: the column {twice[0]!r} is there {names.count(twice[0])} times; rename or drop all but one")
 
 
 def _parquet(path: Path) -> Iterator[Row]:
@@ -143,9 +154,10 @@ def _parquet(path: Path) -> Iterator[Row]:
     import pyarrow.parquet
 
     try:
+        _refuse_twice(pyarrow.parquet.read_schema(path).names, str(path))
         table = pyarrow.parquet.read_table(path)
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{path} is no Parquet file: {error}") from error
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path} is no Parquet file that can be read: {error}") from error
     for index, values in enumerate(table.to_pylist(), 1):
         yield Row(values, f"{path}, row {index}")
 

@@ -10,7 +10,7 @@ Trainable: ``2 r (d + m) + m + d`` a place, and ``n^3`` once. Saved for backward
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Generator, Tensor
 
@@ -20,9 +20,13 @@ from trimtab.core.errors import ShapeMismatch
 from trimtab.core.registry import method
 from trimtab.core.site import Site
 from trimtab.kernels.bottleneck import ACTIVATIONS, Parts, bottleneck
+from trimtab.kernels.divisors import nearest_divisor
 from trimtab.kernels.kroneckersum import kron_sum
 
 __all__ = ["Compacter", "CompacterAdapter"]
+
+#: reduction and divisions where nothing is said
+USUAL = 32, 4
 
 
 @dataclass(frozen=True)
@@ -33,8 +37,8 @@ class Compacter(MethodConfig):
     divide.
 
     Args:
-        reduction: d / m, how many times thinner the middle is; must divide the width.
-        divisions: n, number of Kronecker terms; must divide d and m.
+        reduction: d / m, how many times thinner the middle is; must divide the width. None: 32, or what is nearest to it and fits.
+        divisions: n, number of Kronecker terms; must divide d and m. None: 4, or what is nearest to it and divides the width.
         rank: r of the factors beside the shared ones.
         act: activation in the middle: none, relu, gelu, gelu_tanh, silu or tanh.
         shared: whether all places of one attach share the A_i.
@@ -47,8 +51,8 @@ class Compacter(MethodConfig):
     search = {"reduction": (8, 16, 32, 64), "divisions": (2, 4, 8), "placement": ("houlsby", "pfeiffer")}
     learning_rate = Span(3e-4, 3e-2, log=True)
 
-    reduction: int = 32
-    divisions: int = 4
+    reduction: int | None = None
+    divisions: int | None = None
     rank: int = 1
     act: str = "gelu_tanh"
     shared: bool = True
@@ -56,7 +60,7 @@ class Compacter(MethodConfig):
     placement: str = "houlsby"
 
     def __post_init__(self) -> None:
-        self.require_count("reduction", "divisions")
+        self.require_count("reduction", "divisions", optional=True)
         self.require_rank(self.rank)
         self.require_choice("act", tuple(ACTIVATIONS))
         self.require_choice("init", ("zero", "paper"))
@@ -73,6 +77,7 @@ class CompacterAdapter(ActivationAdapter):
     targets = "attn | mlp"
 
     def __init__(self, config: Compacter, site: Site, *, rng: Generator):
+        config = self.fit(config, site)
         super().__init__(config, site)
         n, r, d = config.divisions, config.rank, site.out_features
         m = d // config.reduction
@@ -107,7 +112,15 @@ class CompacterAdapter(ActivationAdapter):
         return config.act == "none"
 
     @classmethod
+    def fit(cls, config: Compacter, site: Site) -> Compacter:
+        d, given = site.out_features, config.reduction
+        fits = lambda k, n: d % k == 0 and (d // k) % n == 0  # noqa: E731
+        n = config.divisions or nearest_divisor(d, USUAL[1], where=lambda n: given is None or fits(given, n)) or USUAL[1]
+        return replace(config, divisions=n, reduction=given or nearest_divisor(d, USUAL[0], where=lambda k: fits(k, n)) or USUAL[0])
+
+    @classmethod
     def check(cls, config: Compacter, site: Site) -> None:
+        config = cls.fit(config, site)
         d, n = site.out_features, config.divisions
         good = [k for k in range(1, d + 1) if d % k == 0 and d % n == 0 and (d // k) % n == 0]
         if config.reduction not in good:

@@ -50,7 +50,7 @@ class IA3Adapter(Reparameterization):
     """The gain ``l``, (out,) or (in,)."""
 
     targets = "attn.k | attn.v | mlp.down"
-    kinds = frozenset({"linear", "conv"})
+    kinds = frozenset({"linear", "conv", "bare"})
     fast = frozenset({"linear"})
     needs_weight = False
     additive = False
@@ -67,6 +67,8 @@ class IA3Adapter(Reparameterization):
     def check(cls, config: IA3, site: Site) -> None:
         if site.kind == "conv" and config.at_input(site):
             raise Unsupported(f"{site.name} is a convolution, whose inputs IA3 does not scale; use side='output' there")
+        if len(site.shape) == 3 and not config.at_input(site) and site.has_rows_of_bias:
+            raise Unsupported(f"{site.name} is a bank with biases of its own, which a gain at its output would leave behind")
 
     def weight(self, W: Tensor) -> Tensor:
         return W * (self.l if self.at_input else self.l[:, None])

@@ -21,7 +21,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from trimtab.core.contracts import ActivationAdapter, MethodConfig, Span
-from trimtab.core.errors import NoMatch, ShapeMismatch, Unsupported
+from trimtab.core.errors import NoMatch, ShapeMismatch, TooSmall, Unsupported
 from trimtab.core.registry import method
 from trimtab.core.site import Site
 from trimtab.kernels.bottleneck import Parts, bottleneck
@@ -38,9 +38,9 @@ class ReFT(MethodConfig):
 
     Args:
         rank: r, at most the width.
-        first: number of tokens at the start that are edited; None with ``last`` None: all tokens. Use ``tt.spans`` to say where
-            each row's text starts and stops: else padding, and in training the answer, count as text.
-        last: number of tokens at the end that are edited.
+        first: number of tokens at the start that are edited, half of the text at most; None with ``last`` None: all tokens. Use
+            ``tt.spans`` to say where each row's text starts and stops: else padding, and in training the answer, count as text.
+        last: number of tokens at the end that are edited, half of the text at most.
         tied: whether first and last tokens share one edit.
         orthogonal: whether R has orthonormal rows (LoReFT, DiReFT) or is free.
         subtract: whether ``R h`` is taken away (LoReFT) or ``W h + b`` is added to it (DiReFT).
@@ -104,7 +104,7 @@ class ReFTAdapter(ActivationAdapter):
     @classmethod
     def check(cls, config: ReFT, site: Site) -> None:
         if config.rank > site.out_features:
-            raise ShapeMismatch(f"rank {config.rank} is larger than the {site.out_features} features of {site.name}")
+            raise TooSmall(f"rank {config.rank} is larger than the {site.out_features} features of {site.name}")
 
     @classmethod
     def reads(cls, config: ReFT) -> str:
@@ -140,10 +140,10 @@ class ReFTAdapter(ActivationAdapter):
         return self._within(y)
 
     def _at_ends(self, y: Tensor) -> Tensor:
-        """The first and last tokens edited; a token that is both counts as one of the first."""
-        tokens, first, last = y.shape[-2], self.config.first or 0, self.config.last or 0
-        first = min(first, tokens)
-        sets = [range(first), range(max(first, tokens - last), tokens)]
+        """The first and last tokens edited, each half of them at most, as the authors count."""
+        tokens = y.shape[-2]
+        first, last = (min(n or 0, tokens // 2) for n in (self.config.first, self.config.last))
+        sets = [range(first), range(tokens - last, tokens)]
         for k, places in enumerate([[*sets[0], *sets[1]]] if self.config.tied else sets):
             if len(places):
                 index = torch.tensor(list(places), device=y.device)
@@ -166,7 +166,8 @@ class ReFTAdapter(ActivationAdapter):
         first, last = self.config.first or 0, self.config.last or 0
         head = start + torch.arange(first, device=y.device)  # (n, first)
         tail = stop - last + torch.arange(last, device=y.device)
-        pairs = [(head, head < stop), (tail, tail >= start + first)]
+        half = (stop - start) // 2
+        pairs = [(head, head < start + half.clamp(max=first)), (tail, tail >= stop - half.clamp(max=last))]
         if self.config.tied:
             pairs = [tuple(torch.cat(both, 1) for both in zip(*pairs, strict=True))]
         for k, (index, valid) in enumerate(pairs):

@@ -45,7 +45,7 @@ class SSF(MethodConfig):
 class SSFAdapter(Reparameterization):
     """``gamma`` (out,), and ``beta`` (out,) where the module can carry a bias."""
 
-    targets = "linear | norm"
+    targets = "linear | norm | conv"
     tensors = ("weight",)
     kinds = frozenset({"linear", "conv", "grouped", "vector"})
     fast = frozenset({"linear"})

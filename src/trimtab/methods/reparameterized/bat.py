@@ -19,7 +19,8 @@ repository; ``left`` is its Triton kernel. ``col`` is peft's ``init_weights="bat
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,9 +31,12 @@ from trimtab.core.registry import method
 from trimtab.core.site import Operation, Site
 from trimtab.kernels.blockaffine import block_affine, lifted, mixed, reweighted
 from trimtab.kernels.blocksum import tile
-from trimtab.kernels.divisors import nearest_divisors
+from trimtab.kernels.divisors import nearest_divisor, nearest_divisors
 
 __all__ = ["Bat", "BatAdapter"]
+
+#: the side of a block where nothing is said
+USUAL = 64
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Bat(MethodConfig):
     base that cannot be dequantised (``col`` and ``free`` read W), nor for widths that share no divisor.
 
     Args:
-        rank: r, side of a block; must divide ``in`` and ``out``.
+        rank: r, side of a block; must divide ``in`` and ``out``. None: 64, or what is nearest to it and divides both.
         form: which tiles share a block, see above: ``col``, ``row``, ``free`` or ``left``.
         grid: ``(p, q)`` of the form ``free``; they must divide ``out / rank`` and ``in / rank``.
     """
@@ -51,12 +55,12 @@ class Bat(MethodConfig):
     search = {"rank": (4, 8, 16, 32, 64), "form": ("col", "left", "row")}
     learning_rate = Span(2e-5, 5e-3, log=True)
 
-    rank: int = 64
+    rank: int | None = None
     form: str = "col"
     grid: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        self.require_rank(self.rank)
+        self.require_count("rank", optional=True)
         self.require_choice("form", ("col", "row", "free", "left"))
         if self.form != "free":
             self.require(self.grid is None, f'grid belongs to the form "free", not to {self.form!r}')
@@ -89,12 +93,23 @@ class BatAdapter(Reparameterization):
     additive = False
 
     def __init__(self, config: Bat, site: Site, *, rng: torch.Generator):
+        config = self.fit(config, site)
         super().__init__(config, site)
         self.grid = config.blocks(*site.shape[-2:])
         self.b = self.zeros(self.grid[0] * self.grid[1], config.rank, config.rank)
 
     @classmethod
+    def fit(cls, config: Bat, site: Site) -> Bat:
+        if config.rank is not None:
+            return config
+        out, fan_in = site.shape[-2:]
+        p, q = config.grid or (1, 1)
+        rank = nearest_divisor(math.gcd(out, fan_in), USUAL, where=lambda r: (out // r) % p == 0 and (fan_in // r) % q == 0)
+        return replace(config, rank=rank or USUAL)
+
+    @classmethod
     def check(cls, config: Bat, site: Site) -> None:
+        config = cls.fit(config, site)
         out, fan_in = site.shape[-2:]
         for name, width in (("outputs", out), ("inputs", fan_in)):
             if width % config.rank:

@@ -9,19 +9,22 @@ full-stored ``X`` and the order of the factors are the authors' code's. Trainabl
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from trimtab.core.contracts import MethodConfig, Reparameterization
-from trimtab.core.errors import ShapeMismatch
+from trimtab.core.errors import ShapeMismatch, TooSmall
 from trimtab.core.registry import method
 from trimtab.core.site import Operation, Site
-from trimtab.kernels.divisors import nearest_divisors
+from trimtab.kernels.divisors import nearest_divisor, nearest_divisors
 from trimtab.kernels.rotation import CayleyBlocks, dense_rotation, rotated_linear
 
 __all__ = ["BOFT", "BOFTAdapter"]
+
+#: side of a block and number of factors where nothing is said
+USUAL = 8, 2
 
 
 @dataclass(frozen=True)
@@ -31,9 +34,9 @@ class BOFT(MethodConfig):
     Not for widths with few factors of two: m factors need ``in`` to be a multiple of ``b 2^(m-1)``.
 
     Args:
-        block_size: b, side of a block. None: from ``blocks``, or 8 if that is None too.
+        block_size: b, side of a block. None: from ``blocks``, or the side nearest to 8 that fits if that is None too.
         blocks: number of blocks of a factor, as the alternative to ``block_size``.
-        factors: m; 1 is OFT with full-stored blocks (and the scale).
+        factors: m; 1 is OFT with full-stored blocks (and the scale). None: 2, or 1 where the width allows no more.
         dropout: probability of replacing a block by the identity for one forward while training.
     """
 
@@ -41,7 +44,7 @@ class BOFT(MethodConfig):
 
     block_size: int | None = None
     blocks: int | None = None
-    factors: int = 2
+    factors: int | None = None
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
@@ -49,12 +52,17 @@ class BOFT(MethodConfig):
         self.require(self.block_size is None or self.blocks is None,
                      "give block_size or blocks, not both: their product is the width")
         self.require(self.block_size != 1, "blocks of size 1 have nothing to rotate; use at least 2")
-        self.require_count("factors")
+        self.require_count("factors", optional=True)
         self.require_probability("dropout", self.dropout)
 
     def size(self, width: int) -> int:
         """b for a place of this width."""
-        return width // self.blocks if self.blocks else self.block_size or 8
+        return width // self.blocks if self.blocks else self.block_size or USUAL[0]
+
+
+def _most(count: int, size: int) -> int:
+    """How many factors of ``count`` blocks of ``size`` there can be: the powers of two in their number, plus 1."""
+    return 1 if size % 2 else (count & -count).bit_length()
 
 
 class _Stored(CayleyBlocks):
@@ -79,6 +87,7 @@ class BOFTAdapter(Reparameterization):
     additive = False
 
     def __init__(self, config: BOFT, site: Site, *, rng: torch.Generator):
+        config = self.fit(config, site)
         super().__init__(config, site)
         out, width = site.shape
         size = config.size(width)
@@ -87,8 +96,21 @@ class BOFTAdapter(Reparameterization):
         self.maker = _Stored()
 
     @classmethod
-    def check(cls, config: BOFT, site: Site) -> None:
+    def fit(cls, config: BOFT, site: Site) -> BOFT:
         width = site.shape[-1]
+        given = config.block_size or (config.blocks and width // config.blocks)
+        for factors in (config.factors,) if config.factors else (USUAL[1], 1):
+            size = given or nearest_divisor(width, USUAL[0], least=2, where=lambda b, m=factors: m <= _most(width // b, b))
+            if size and width % size == 0 and factors <= _most(width // size, size):
+                return replace(config, factors=factors, block_size=None if config.blocks else size)
+        return config if config.factors else replace(config, factors=USUAL[1])
+
+    @classmethod
+    def check(cls, config: BOFT, site: Site) -> None:
+        config = cls.fit(config, site)
+        width = site.shape[-1]
+        if width < 2:
+            raise TooSmall(f"{site.name} has a width of {width}, in which nothing can be rotated")
         name, value = ("blocks", config.blocks) if config.blocks else ("block_size", config.size(width))
         if width % value or value > width:
             raise ShapeMismatch(
@@ -97,7 +119,7 @@ class BOFTAdapter(Reparameterization):
             )
         size = config.size(width)
         count = width // size
-        most = 1 if size % 2 else (count & -count).bit_length()  # factors of two in the number of blocks, plus 1
+        most = _most(count, size)
         if size < 2 or config.factors > most:
             reason = (
                 "blocks of size 1 have nothing to rotate" if size < 2

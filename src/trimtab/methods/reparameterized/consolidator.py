@@ -8,7 +8,8 @@ and not at it. Source: arXiv 2305.00603, Sec. 3. Trainable: ``out in / g``. Save
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,12 +18,14 @@ from trimtab.core.contracts import MethodConfig, Reparameterization, Span
 from trimtab.core.errors import ShapeMismatch
 from trimtab.core.registry import method
 from trimtab.core.site import Operation, Site
-from trimtab.kernels.divisors import nearest_divisors
+from trimtab.kernels.divisors import nearest_divisor, nearest_divisors
 from trimtab.kernels.entries import added, entries
 
 __all__ = ["Consolidator", "ConsolidatorAdapter"]
 
 START = 1e-3
+#: the number of groups where nothing is said
+USUAL = 384
 
 
 @dataclass(frozen=True)
@@ -33,21 +36,18 @@ class Consolidator(MethodConfig):
     directions of the whole input matter, which a block cannot see: there LoRA is the choice.
 
     Args:
-        groups: g; must divide ``in`` and ``out``.
+        groups: g; must divide ``in`` and ``out``. None: 384, or what is nearest to it and divides both.
         shuffle: deal the inputs to the groups in turn, as in the paper; the released training code leaves them in order.
     """
 
     search = {"groups": (96, 192, 384), "shuffle": (False, True)}
     learning_rate = Span(5e-4, 1e-2, log=True)
 
-    groups: int = 384
+    groups: int | None = None
     shuffle: bool = False
 
     def __post_init__(self) -> None:
-        g = self.groups
-        self.require(
-            isinstance(g, int) and not isinstance(g, bool) and g >= 1, f"groups must be an integer of at least 1, found {g!r}"
-        )
+        self.require_count("groups", optional=True)
 
 
 @method(Consolidator, paper="arXiv:2305.00603 Sec. 3", tests=({"groups": 4}, {"groups": 2, "shuffle": True}))
@@ -60,12 +60,18 @@ class ConsolidatorAdapter(Reparameterization):
     identity_at_start = False
 
     def __init__(self, config: Consolidator, site: Site, *, rng: torch.Generator):
+        config = self.fit(config, site)
         super().__init__(config, site)
         out, fan_in = site.shape
         self.g = self.uniform(out, fan_in // config.groups, bound=START, rng=rng)
 
     @classmethod
+    def fit(cls, config: Consolidator, site: Site) -> Consolidator:
+        return replace(config, groups=config.groups or nearest_divisor(math.gcd(*site.shape[-2:]), USUAL))
+
+    @classmethod
     def check(cls, config: Consolidator, site: Site) -> None:
+        config = cls.fit(config, site)
         for size, what in zip(site.shape[-2:], ("outputs", "inputs"), strict=True):
             if size % config.groups:
                 raise ShapeMismatch(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from trimtab.core.contracts import MethodConfig, Reparameterization, Span
-from trimtab.core.errors import ShapeMismatch
+from trimtab.core.errors import TooSmall
 from trimtab.core.registry import method
 from trimtab.core.site import Operation, Site
 from trimtab.kernels.beside import beside
@@ -82,7 +82,7 @@ class FourierFTAdapter(Reparameterization):
     def check(cls, config: FourierFT, site: Site) -> None:
         out, fan_in = site.shape[-2:]
         if config.coefficients > out * fan_in:
-            raise ShapeMismatch(
+            raise TooSmall(
                 f"{config.coefficients} coefficients are more than the {out * fan_in} entries of {site.name} "
                 f"{(out, fan_in)}; use at most {out * fan_in}"
             )

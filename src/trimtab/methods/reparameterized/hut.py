@@ -18,7 +18,8 @@ Trainable: ``r (in + out)``, affine ``+ 2 out``; power: as r = 1. Saved for back
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Generator, Tensor
@@ -28,10 +29,13 @@ from trimtab.core.errors import CheckpointMismatch, ShapeMismatch
 from trimtab.core.registry import method
 from trimtab.core.site import Operation, Site
 from trimtab.kernels.blockscale import block_scale, blockscaled
-from trimtab.kernels.divisors import nearest_divisors
+from trimtab.kernels.divisors import nearest_divisor, nearest_divisors
 from trimtab.kernels.gain import Unbiased, gained
 
 __all__ = ["HUT", "HUTAdapter"]
+
+#: the number of blocks where nothing is said
+USUAL = 8
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,8 @@ class HUT(MethodConfig):
     unless ``rank`` is 1.
 
     Args:
-        rank: r, number of blocks along inputs and along outputs; must divide both. Power: the exponent.
+        rank: r, number of blocks along inputs and along outputs; must divide both. Power: the exponent. None: 8, or what is
+            nearest to it and divides both.
         affine: a gain and a shift of every output; the shift gives a layer without bias one when merged.
         reading: of the paper's formula: ``tile``, ``sum`` or ``power``, see above.
     """
@@ -50,12 +55,12 @@ class HUT(MethodConfig):
     search = {"rank": (1, 2, 4, 8, 16), "affine": (False, True)}
     learning_rate = Span(1e-4, 1e-2, log=True)
 
-    rank: int = 8
+    rank: int | None = None
     affine: bool = True
     reading: str = "tile"
 
     def __post_init__(self) -> None:
-        self.require_rank(self.rank)
+        self.require_count("rank", optional=True)
         self.require_choice("reading", ("tile", "sum", "power"))
 
     @property
@@ -75,6 +80,7 @@ class HUTAdapter(Reparameterization):
     additive = False
 
     def __init__(self, config: HUT, site: Site, *, rng: Generator):
+        config = self.fit(config, site)
         super().__init__(config, site)
         out, fan_in = site.shape[-2:]
         rows = 1 if config.reading == "power" else config.rank
@@ -85,7 +91,14 @@ class HUTAdapter(Reparameterization):
         self.rebias = config.affine and site.carries_bias
 
     @classmethod
+    def fit(cls, config: HUT, site: Site) -> HUT:
+        if config.rank is not None:
+            return config
+        return replace(config, rank=nearest_divisor(math.gcd(*site.shape[-2:]), USUAL) if config.reading == "tile" else USUAL)
+
+    @classmethod
     def check(cls, config: HUT, site: Site) -> None:
+        config = cls.fit(config, site)
         if config.reading != "tile":
             return
         for size, what in zip(site.shape[-2:], ("outputs", "inputs"), strict=True):

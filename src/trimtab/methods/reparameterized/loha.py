@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trimtab.core.contracts import MethodConfig, Reparameterization
-from trimtab.core.errors import ShapeMismatch
+from trimtab.core.errors import TooSmall
 from trimtab.core.registry import method
 from trimtab.core.site import Operation, Site
 from trimtab.kernels.beside import beside
@@ -75,7 +75,7 @@ class LoHaAdapter(Reparameterization):
     @classmethod
     def check(cls, config: LoHa, site: Site) -> None:
         if config.rank > min(site.shape[-2:]):
-            raise ShapeMismatch(
+            raise TooSmall(
                 f"rank {config.rank} is larger than the matrix {tuple(site.shape[-2:])} of {site.name}; "
                 f"use at most {min(site.shape[-2:])}"
             )

@@ -8,6 +8,7 @@ LyCORIS and peft. Trainable: ``o1 i1 + r (o2 + i2)``. Saved for backward: ``x`` 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +59,27 @@ class LoKr(MethodConfig):
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
 
+def _sizes(config: LoKr, site: Site) -> tuple[int, int, bool, bool]:
+    """Rows and columns of ``w1``, and whether ``w1`` and ``w2`` are of low rank, as the config cuts the widths."""
+    out, fan_in = site.shape
+    # a convolution's kernel stays within w2, as in LyCORIS
+    channels = site.parameter().shape[1] if site.kind in ("conv", "grouped") else fan_in
+    (o1, o2), (i1, i2) = factorization(out, config.factor), factorization(channels, config.factor)
+    return o1, i1, config.decompose_both and config.rank < max(o1, i1) / 2, config.rank < max(o2, i2) / 2
+
+
+def _stored(shapes: Mapping[str, tuple[int, ...]], shape: tuple[int, ...]) -> tuple[int, int, bool, bool] | None:
+    """The same of stored tensors, which may be cut otherwise than any ``factor`` does; None if they are no product of ``shape``."""
+    thin1, thin2 = "w1a" in shapes and "w1b" in shapes, "w2a" in shapes and "w2b" in shapes
+    if not (thin1 or "w1" in shapes) or not (thin2 or "w2" in shapes):
+        return None
+    left = (shapes["w1a"][0], shapes["w1b"][-1]) if thin1 else shapes["w1"]
+    right = (shapes["w2a"][0], shapes["w2b"][-1]) if thin2 else shapes["w2"]
+    if len(left) != 2 or len(right) != 2 or (left[0] * right[0], left[1] * right[1]) != tuple(shape):
+        return None
+    return *left, thin1, thin2
+
+
 @method(
     LoKr, paper="arXiv:2309.14859 Sec. 3.3",
     tests=({"rank": 8, "alpha": 4.0}, {"rank": 1, "factor": 2, "zero": "w2"},
@@ -72,15 +94,18 @@ class LoKrAdapter(Reparameterization):
     def __init__(self, config: LoKr, site: Site, *, rng: torch.Generator):
         super().__init__(config, site)
         out, fan_in = site.shape
-        # a convolution's kernel stays within w2, as in LyCORIS
-        channels = site.parameter().shape[1] if site.kind in ("conv", "grouped") else fan_in
-        (o1, o2), (i1, _) = factorization(out, config.factor), factorization(channels, config.factor)
-        i2 = fan_in // i1
-        self._factor("w1", o1, i1, config.decompose_both and config.rank < max(o1, i1) / 2, rng)
-        thin = config.rank < max(o2, i2 if channels == fan_in else channels // i1) / 2
+        o1, i1, thin1, thin = _stored(site.stored, site.shape) or _sizes(config, site)
+        o2, i2 = out // o1, fan_in // i1
+        self._factor("w1", o1, i1, thin1, rng)
         self._factor("w2", o2, i2, thin, rng)
         self.order = plan(o1, i1, o2, i2, config.rank if thin else None)
         self.rule = Kronecker(o1, i1, left=self.order != "w1 first", right=self.order != "w2 first")
+
+    @property
+    def resized(self) -> bool:
+        """Whether the factors are not those that the config makes: of a file whose writer cuts the widths otherwise."""
+        held = {name: tuple(value.shape) for name, value in self.named_parameters()}
+        return _stored(held, self.site.shape) != _sizes(self.config, self.site)
 
     def _factor(self, name: str, rows: int, columns: int, thin: bool, rng: torch.Generator) -> None:
         """Register ``name``, or ``name + "a"`` and ``name + "b"`` if it is of low rank."""

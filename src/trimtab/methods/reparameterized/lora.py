@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from trimtab.core.contracts import MethodConfig, Reparameterization
-from trimtab.core.errors import ShapeMismatch
+from trimtab.core.errors import TooSmall
 from trimtab.core.registry import method
 from trimtab.core.site import Operation, Site
 from trimtab.kernels.lowrank import low_rank
@@ -53,11 +53,11 @@ class LoRA(MethodConfig):
 
 
 def check_rank(rank: int, site: Site, *, least: int = 1) -> None:
-    """Raise ``ShapeMismatch`` if the site's matrix is smaller than ``least * rank`` on either axis."""
+    """Raise ``TooSmall`` if the site's matrix is smaller than ``least * rank`` on either axis."""
     limit = min(site.shape[-2:])
     if least * rank > limit:
         what = f"rank {rank}" if least == 1 else f"{least} times the rank {rank}"
-        raise ShapeMismatch(
+        raise TooSmall(
             f"{what} is larger than the matrix {tuple(site.shape[-2:])} of {site.name} allows; "
             f"use a rank of at most {limit // least}"
         )

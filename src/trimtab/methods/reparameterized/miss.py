@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from trimtab.core.contracts import MethodConfig, Reparameterization
-from trimtab.core.errors import ShapeMismatch
+from trimtab.core.errors import ShapeMismatch, TooSmall
 from trimtab.core.registry import method
 from trimtab.core.site import Operation, Site
 from trimtab.kernels.beside import Rule, beside
@@ -94,7 +94,7 @@ class BoneAdapter(Reparameterization):
     def check(cls, config: Bone, site: Site) -> None:
         out, fan_in = site.shape[-2:]
         if config.rank > fan_in:
-            raise ShapeMismatch(
+            raise TooSmall(
                 f"rank {config.rank} is larger than the {fan_in} inputs of {site.name}, so that rows of its block would "
                 f"never learn; use at most {fan_in}"
             )
@@ -144,7 +144,7 @@ class MiSSAdapter(BoneAdapter):
         if config.shared == "inputs":
             super().check(config, site)
         elif config.rank > site.out_features:
-            raise ShapeMismatch(
+            raise TooSmall(
                 f"rank {config.rank} asks for more shards than the {site.out_features} outputs of {site.name}; "
                 f"use at most {site.out_features}"
             )

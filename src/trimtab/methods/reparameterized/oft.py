@@ -8,29 +8,33 @@ series). Trainable: ``blocks b (b - 1) / 2``. Saved for backward: ``x`` alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from trimtab.core.contracts import MethodConfig, Reparameterization
-from trimtab.core.errors import ShapeMismatch
+from trimtab.core.errors import ShapeMismatch, TooSmall
 from trimtab.core.registry import method
 from trimtab.core.site import Operation, Site
-from trimtab.kernels.divisors import nearest_divisors
+from trimtab.kernels.divisors import nearest_divisor, nearest_divisors
 from trimtab.kernels.rotation import BoundedBlocks, TriangleBlocks, dense_rotation, rotate, rotated_linear
 
 __all__ = ["OFT", "OFTAdapter"]
+
+#: the side of a block where nothing is said
+USUAL = 32
 
 
 @dataclass(frozen=True)
 class OFT(MethodConfig):
     """Orthogonal rotation of the inputs: keeps the geometry of the neurons; for style and subject transfer.
 
-    Not where the scale of the weights must change, and not for widths without a small divisor.
+    Not where the scale of the weights must change, and not for widths without a small divisor, whose blocks are large.
 
     Args:
-        block_size: b, side of a block; must divide the width. None: from ``blocks``, or 32 if that is None too.
+        block_size: b, side of a block; must divide the width. None: from ``blocks``, or the divisor nearest to 32 if that is
+            None too.
         blocks: number of blocks, as the alternative to ``block_size``.
         block_share: one block for all positions.
         neumann: number of terms of the Neumann series in place of the exact inverse (5 in OFTv2); None: exact. The sign
@@ -60,7 +64,7 @@ class OFT(MethodConfig):
 
     def size(self, width: int) -> int:
         """b for a place of this width."""
-        return width // self.blocks if self.blocks else self.block_size or 32
+        return width // self.blocks if self.blocks else self.block_size or USUAL
 
 
 @method(
@@ -75,6 +79,7 @@ class OFTAdapter(Reparameterization):
     additive = False
 
     def __init__(self, config: OFT, site: Site, *, rng: torch.Generator):
+        config = self.fit(config, site)
         super().__init__(config, site)
         width = self.width(site)
         size = config.size(width)
@@ -88,8 +93,16 @@ class OFTAdapter(Reparameterization):
         return site.shape[-2] if site.kind == "embedding" else site.shape[-1]
 
     @classmethod
+    def fit(cls, config: OFT, site: Site) -> OFT:
+        size = None if config.block_size or config.blocks else nearest_divisor(cls.width(site), USUAL, least=2)
+        return config if size is None else replace(config, block_size=size)
+
+    @classmethod
     def check(cls, config: OFT, site: Site) -> None:
+        config = cls.fit(config, site)
         width = cls.width(site)
+        if width < 2:
+            raise TooSmall(f"{site.name} has a width of {width}, in which nothing can be rotated")
         name, value = ("blocks", config.blocks) if config.blocks else ("block_size", config.size(width))
         if width % value or value > width:
             raise ShapeMismatch(

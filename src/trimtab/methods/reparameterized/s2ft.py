@@ -31,6 +31,8 @@ from trimtab.kernels.slices import Columns, Rows, kept_anyway, picked
 
 __all__ = ["S2FT", "S2FTAdapter"]
 
+#: the share that learns where nothing is said
+USUAL = 0.03
 STRATEGIES = ("random", "weight", "activation", "product", "gradient")
 INPUTS = ("attn.o", "mlp.down")  # where the slice stands along the inputs, by role
 COUPLED = {"attn": ("attn.q", "attn.k", "attn.v", "attn.o"), "mlp": ("mlp.up", "mlp.gate", "mlp.gate_up", "mlp.down")}
@@ -44,7 +46,8 @@ class S2FT(MethodConfig):
     Not for convolutions with large kernels, of which it takes single taps.
 
     Args:
-        ratio: share of the units that learn, over all places of one role together (``pool="model"``) or at each.
+        ratio: share of the units that learn, over all places of one role together (``pool="model"``) or at each. None: 0.03,
+            one unit at least.
         units: how many at each place, instead of a ratio.
         strategy: how they are chosen: ``random``; by the norm of the slice (``weight``), the root mean square of what flows
             through it (``activation``), their ``product``, or the norm of its ``gradient``; the last three need
@@ -59,7 +62,7 @@ class S2FT(MethodConfig):
     search = {"ratio": Span(0.005, 0.1, log=True), "strategy": ("random", "weight")}
     learning_rate = Span(5e-5, 5e-3, log=True)
 
-    ratio: float = 0.03
+    ratio: float | None = None
     units: int | None = None
     strategy: str = "random"
     order: str = "smallest"
@@ -68,7 +71,7 @@ class S2FT(MethodConfig):
     side: str = "auto"
 
     def __post_init__(self) -> None:
-        self.require(0 < self.ratio <= 1, f"ratio must be above 0 and at most 1, found {self.ratio!r}")
+        self.require(self.ratio is None or 0 < self.ratio <= 1, f"ratio must be above 0 and at most 1, found {self.ratio!r}")
         self.require_count("units", optional=True)
         self.require_choice("strategy", STRATEGIES)
         self.require_choice("order", ("smallest", "largest"))
@@ -85,7 +88,9 @@ class S2FT(MethodConfig):
 
     def count(self, units: int) -> int:
         """How many of ``units`` learn."""
-        return int(self.ratio * units) if self.units is None else self.units
+        if self.units is not None:
+            return self.units
+        return max(1, int(USUAL * units)) if self.ratio is None else int(self.ratio * units)
 
     def partners(self, site: Site) -> list[Site]:
         """The sites that get the same units as ``site``, itself among them; the one whose scores decide first."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from trimtab.core.contracts import MethodConfig, Reparameterization, Span
-from trimtab.core.errors import ShapeMismatch, Unsupported
+from trimtab.core.errors import ShapeMismatch, TooSmall, Unsupported
 from trimtab.core.registry import method
 from trimtab.core.site import Operation, Site
 from trimtab.kernels.beside import beside
@@ -150,7 +150,7 @@ class SoKAAdapter(Reparameterization):
             )
         name, least = ("r_min", config.r_min) if config.rank is None else ("rank", config.rank)
         if least > _all_terms(shape):
-            raise ShapeMismatch(
+            raise TooSmall(
                 f"{name} {least} at {site.name}: factors ({m}, {n}) and ({p}, {q}) give {_all_terms(shape)} terms at most"
             )
         if len(site.shape) == 3 and config.rank is None:

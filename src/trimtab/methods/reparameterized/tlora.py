@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 
@@ -63,7 +63,8 @@ class TLoRA(MethodConfig):
         rslora: divide alpha by sqrt(r), as the authors do; else by r.
         shapes: factorisations of widths, such as ``((8, 8, 8), (8, 16, 16))`` for the widths 512 and 2048. The widths of
             Stable Diffusion's attention are known.
-        order: number of factors, the most even ones, of every other width; None: an unknown width is an error.
+        order: number of factors, the most even ones, of every other width; None: three, or an unknown width is an error where
+            ``shapes`` are given.
         init: ``"paper"``: all R^2 slices of a core are equal, and stay so, which makes T a Kronecker product whatever R is;
             ``"broken_symmetry"``: the slices differ and T is the identity all the same. With R = 1 both are one.
         tr_init: spread of the ``"ttv"`` cores: ``"code"`` as in the authors' code, ``"mup"`` as in the paper.
@@ -182,6 +183,7 @@ class TLoRAAdapter(Reparameterization):
     additive = False
 
     def __init__(self, config: TLoRA, site: Site, *, rng: torch.Generator):
+        config = self.fit(config, site)
         super().__init__(config, site)
         fan_in = site.shape[-1]
         self.t = nn.ParameterList(self._identity(config.shape_of(fan_in), rng) if config.transform_rank else [])
@@ -216,11 +218,23 @@ class TLoRAAdapter(Reparameterization):
         return [self.zeros(rows[0], r, r), *b], c
 
     @classmethod
-    def check(cls, config: TLoRA, site: Site) -> None:
+    def fit(cls, config: TLoRA, site: Site) -> TLoRA:
+        open_ = not config.shapes and config.order is None
+        return replace(config, order=3) if open_ and list(cls._unknown(config, site)) else config
+
+    @staticmethod
+    def _unknown(config: TLoRA, site: Site) -> Iterator[int]:
+        """Widths that need a factorisation and have none."""
         out, fan_in = site.shape[-2:]
         needed = {fan_in: config.transform_rank > 0 or config.residual in ("ttv", "ttm")}
         needed[out] = needed.get(out, False) or config.residual in ("ttv", "ttm")
-        for width in (width for width, need in needed.items() if need and config.shape_of(width) is None):
+        return (width for width, need in needed.items() if need and config.shape_of(width) is None)
+
+    @classmethod
+    def check(cls, config: TLoRA, site: Site) -> None:
+        config = cls.fit(config, site)
+        out, fan_in = site.shape[-2:]
+        for width in cls._unknown(config, site):
             raise ShapeMismatch(
                 f"no factorisation of the width {width} of {site.name} is known; give it, such as "
                 f"shapes=({even_shape(width, 3)},), or order=3 for the most even one of every width"

@@ -18,7 +18,7 @@ folded factors, and ``x A'^T`` where it is thin (see lowrank.py).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Generator, Tensor
@@ -46,7 +46,8 @@ class WaRA(MethodConfig):
         alpha: scale numerator; None means ``rank``, a scale of 1.
         wavelet: name of the filters: haar, db2, db3, db4, sym4 or bior2.2 (biorthogonal).
         bands: ``"shared"``, one pair for both bands; ``"independent"``, a pair for each of the four blocks of bands.
-        pad: treat an odd number of channels as one more, zero at the input and cut off at the output; else it is refused.
+        pad: treat an odd number of channels as one more, zero at the input and cut off at the output; False: refuse it. None:
+            where it is odd.
         dropout: probability of zeroing an entry of the update's input while training.
     """
 
@@ -56,7 +57,7 @@ class WaRA(MethodConfig):
     alpha: float | None = None
     wavelet: str = "haar"
     bands: str = "shared"
-    pad: bool = False
+    pad: bool | None = None
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
@@ -89,6 +90,7 @@ class WaRAAdapter(Reparameterization):
     needs_weight = False
 
     def __init__(self, config: WaRA, site: Site, *, rng: Generator):
+        config = self.fit(config, site)
         super().__init__(config, site)
         out, fan_in = (-(-size // 2) for size in site.shape)
         leading = () if config.bands == "shared" else (len(config.pairs),)
@@ -96,7 +98,12 @@ class WaRAAdapter(Reparameterization):
         self.b = self.zeros(*leading, out, config.rank)
 
     @classmethod
+    def fit(cls, config: WaRA, site: Site) -> WaRA:
+        return config if config.pad is not None else replace(config, pad=any(size % 2 for size in site.shape[-2:]))
+
+    @classmethod
     def check(cls, config: WaRA, site: Site) -> None:
+        config = cls.fit(config, site)
         check_rank(config.rank, site, least=2)
         if site.kind in ("conv", "grouped") and site.parameter()[0, 0].numel() > 1:
             raise Unsupported(

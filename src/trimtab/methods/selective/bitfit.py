@@ -28,5 +28,5 @@ class BitFitAdapter(Selection):
     """The bias of a linear layer or a norm, as a value of its own."""
 
     targets = "linear | norm"
-    tensors = ("bias",)
+    tensors = ("bias", "in_proj_bias")
     kinds = frozenset({"vector"})

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from trimtab.core.contracts import MethodConfig, Reparameterization, Span
-from trimtab.core.errors import ShapeMismatch
+from trimtab.core.errors import TooSmall
 from trimtab.core.registry import method
 from trimtab.core.site import Operation, Site
 from trimtab.kernels.entries import added, entries
@@ -68,7 +68,7 @@ class GPSAdapter(Reparameterization):
     @classmethod
     def check(cls, config: GPS, site: Site) -> None:
         if config.entries > site.shape[-1]:
-            raise ShapeMismatch(
+            raise TooSmall(
                 f"entries={config.entries} is more than the {site.shape[-1]} inputs of {site.name}; use at most {site.shape[-1]}"
             )
 

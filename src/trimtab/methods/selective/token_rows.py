@@ -45,7 +45,7 @@ class TokenRows(MethodConfig):
 
     learning_rate = Span(1e-4, 1e-2, log=True)
 
-    indices: tuple[int, ...]
+    indices: Iterable[int]  # kept as a tuple
 
     def __post_init__(self) -> None:
         given: Any = self.indices.tolist() if isinstance(self.indices, Tensor) else self.indices

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from trimtab.tasks.instructions import public
 from trimtab.tasks.instructions.templates import TemplateConfig
-from trimtab.training.data import Row, hold_out, load_source
+from trimtab.training.data import Row, hold_out, load_source, no_value
 from trimtab.training.errors import DataError
 
 __all__ = ["InstructionData", "Rows", "load", "load_tests", "set_name"]
@@ -143,7 +143,7 @@ def _add(tests: dict[str, list[Row]], name: str, rows: list[Row]) -> None:
 
 def _need(rows: list[Row], columns: list[str]) -> None:
     for column in columns:
-        lacking = [row for row in rows if row.values.get(column) in (None, "")]
+        lacking = [row for row in rows if no_value(row.values.get(column))]
         if lacking:
             raise DataError(
                 f"{len(lacking)} of {len(rows)} rows have no value in the column {column!r} (first: {lacking[0].where}); fill it "
