@@ -22,6 +22,19 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return self._modules[CHILD].run(self, args, kwargs)
 
 
+def _apply(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+    """``to``, ``half``, ``cuda``: the sites keep up with their tensors' dtype and device."""
+    self._trimtab_base._apply(self, *args, **kwargs)
+    for slots in self._modules[CHILD]._modules.values():
+        for adapter in slots._modules.values():
+            site = adapter.site
+            stored = self._parameters.get(site.tensor) if site.tensor else next(self.parameters(recurse=False), None)
+            if stored is not None:
+                site.device = stored.device
+                site.dtype = stored.dtype if stored.is_floating_point() else site.dtype
+    return self
+
+
 def _property(tensor: str) -> property:
     def read(self: nn.Module) -> Tensor:
         return self._modules[CHILD].substitute(self, tensor)
@@ -85,6 +98,7 @@ def adapted_class(base: type, tensors: frozenset[str], redirected: bool = False)
             "_trimtab_tensors": tensors,
             "_trimtab_redirected": redirected,
             "forward": _forward,
+            "_apply": _apply,
             "__reduce_ex__": _reduce_ex,
         }
         body.update({tensor: _property(tensor) for tensor in tensors})

@@ -74,11 +74,14 @@ def unwrap(model: nn.Module) -> nn.Module:
     return inner
 
 
-def state_of(model: nn.Module, *, create: bool = False) -> ModelState:
-    """The model's state.
+def state_of(model: nn.Module, *, create: bool = False, changed: bool = False) -> ModelState:
+    """The model's state, after a look at whether the adapters' places are still there (``core.changes``).
+
+    Args:
+        changed: leave that look out, for taking adapters off.
 
     Raises:
-        Unsupported: nothing is attached to ``model`` and ``create`` is False.
+        Unsupported: nothing is attached to ``model`` and ``create`` is False; or it was changed in a way that no adapter follows.
     """
     root = unwrap(model)
     state = root.__dict__.get(ATTRIBUTE)
@@ -89,6 +92,10 @@ def state_of(model: nn.Module, *, create: bool = False) -> ModelState:
             raise Unsupported(f"no adapter is attached to this {type(model).__name__}{hint}")
         state = ModelState()
         root.__dict__[ATTRIBUTE] = state
+    elif not changed:
+        from trimtab.core.changes import verify
+
+        verify(root, state)
     return state
 
 
