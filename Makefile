@@ -10,7 +10,7 @@ BENCHES ?= $(wildcard bench/*.py)
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo tiny-lm test test-slow lint bench install clean
+.PHONY: demo tiny-lm test test-slow mutants lint bench install clean
 
 install: $(STAMP)
 
@@ -35,6 +35,16 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -m slow
+
+# how many faults the tests notice: SEED and COUNT choose the sample, results are kept and continued
+SEED ?= 0
+COUNT ?= 200
+mutants: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[mutation]'
+	$(BIN)/python scripts/mutants.py record
+	$(BIN)/python scripts/mutants.py run --seed $(SEED) --count $(COUNT) --part 0 --parts 2 & \
+	$(BIN)/python scripts/mutants.py run --seed $(SEED) --count $(COUNT) --part 1 --parts 2; wait
+	$(BIN)/python scripts/mutants.py report --seed $(SEED)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -138,3 +138,76 @@ def test_adapter_hub_folders_that_do_not_fit(tmp_path) -> None:
     (tmp_path / "hub" / "pytorch_adapter.bin").unlink()
     with pytest.raises(tt.CheckpointMismatch, match="lacks adapter.safetensors and pytorch_adapter.bin"):
         tt.load(make("bert"), tmp_path / "hub")
+
+
+# -- a prediction head beside the adapter
+
+
+def classifier(labels: int = 3) -> nn.Module:
+    import transformers as t
+
+    torch.manual_seed(0)
+    config = t.BertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=40, intermediate_size=64, max_position_embeddings=16,
+        num_labels=labels,
+    )  # fmt: skip
+    return t.BertForSequenceClassification(config).eval()
+
+
+def with_head(folder, tensors: dict[str, Tensor], config=None, model_class="BertForSequenceClassification", safe=True, about=True):
+    from safetensors.torch import save_file
+
+    if about:
+        text = {"config": config, "name": "sst", "model_class": model_class, "num_labels": 3, "version": "adapters.1.2.0"}
+        (folder / "head_config.json").write_text(json.dumps(text))
+    if safe:
+        save_file(tensors, folder / "model_head.safetensors")
+    else:
+        torch.save(tensors, folder / "pytorch_model_head.bin")
+    return folder
+
+
+@pytest.mark.parametrize("through", ["load", "convert"])
+@pytest.mark.parametrize(("safe", "about"), [(True, True), (False, True), (False, False)])
+def test_a_trained_head_beside_the_adapter_is_loaded_too(safe, about, through, tmp_path) -> None:
+    a, b, path = draw(2, 32), draw(32, 2), "bert.encoder.layer.0.attention.self.query"
+    head = {"classifier.weight": draw(3, 32), "classifier.bias": draw(3)}
+    folder = with_head(hub(tmp_path, {f"{path}.loras.sst.lora_A": a, f"{path}.loras.sst.lora_B": b}), head, safe=safe, about=about)
+    expected, ids = classifier(), torch.arange(6)[None]
+    with torch.no_grad():
+        expected.get_submodule(path).weight.add_(3.0 * b @ a)
+        expected.classifier.weight.copy_(head["classifier.weight"])
+        expected.classifier.bias.copy_(head["classifier.bias"])
+    model = classifier()
+    if through == "convert":
+        tt.convert(folder, tmp_path / "own", base=classifier())
+        folder = tmp_path / "own"
+    tt.load(model, folder)
+    torch.testing.assert_close(model(ids).logits, expected(ids).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_a_head_that_does_not_fit_is_refused_and_can_be_left_out(tmp_path) -> None:
+    a, b, path = draw(2, 32), draw(32, 2), "bert.encoder.layer.0.attention.self.query"
+    folder = hub(tmp_path, {f"{path}.loras.sst.lora_A": a, f"{path}.loras.sst.lora_B": b})
+    flex = {"heads.sst.1.weight": draw(32, 32), "heads.sst.1.bias": draw(32), "heads.sst.4.weight": draw(3, 32)}
+    good = {"classifier.weight": draw(3, 32), "classifier.bias": draw(3)}
+    for model, head, config, error, match in (
+        (classifier, flex, {"head_type": "classification"}, tt.Unsupported, r"classification, of Bert.*head=False \(--no-head\)"),
+        (classifier, flex, None, tt.Unsupported, "head=False"),
+        (lambda: classifier(5), good, None, tt.ShapeMismatch, "with as many labels .3."),
+        (lambda: make("bert"), good, None, tt.Unsupported, "which a BertModel does not.*head=False"),
+    ):
+        with_head(folder, head, config)
+        with pytest.raises(error, match=match):
+            tt.load(model(), folder)
+        plain = model()
+        tt.load(plain, folder, head=False)
+        where = path if hasattr(plain, "bert") else path.removeprefix("bert.")
+        torch.testing.assert_close(update(plain, where), 3.0 * b @ a)
+    (folder / "model_head.safetensors").unlink()
+    with pytest.raises(tt.CheckpointMismatch, match="a prediction head without its tensors"):
+        tt.load(classifier(), folder)
+    (folder / "head_config.json").unlink()
+    (folder / "embedding.pt").write_bytes(b"x")
+    with pytest.raises(tt.Unsupported, match="holds embeddings beside the adapter"):
+        tt.load(classifier(), folder)

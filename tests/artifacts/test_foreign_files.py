@@ -297,6 +297,23 @@ def test_torchtune(dora, tmp_path) -> None:
             torch.testing.assert_close(tt.effective_weight(model, path), W, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["adapter_model.pt", "adapter_0.pt", "adapter_11.pt"])
+@pytest.mark.parametrize("config", ["peft", "peft with a mark", "beside models"])
+def test_a_torchtune_folder_beside_a_config_of_peft(name, config, tmp_path) -> None:
+    path = "model.layers.0.self_attn.v_proj"
+    a, b = draw(2, 32), draw(16, 2)
+    torch.save({f"{tune_name(path)}.lora_a.weight": a, f"{tune_name(path)}.lora_b.weight": b}, tmp_path / name)
+    about = {"r": 2, "lora_alpha": 5, "peft_type": "LORA", "target_modules": ["v_proj"], "base_model_name_or_path": "x"}
+    encoding = "utf-8-sig" if config == "peft with a mark" else "utf-8"
+    (tmp_path / "adapter_config.json").write_text(json.dumps(about), encoding)
+    if config == "beside models":
+        torch.save({"w": torch.zeros(1)}, tmp_path / "hf_model_0001_0.pt")
+        save_file({"w": torch.zeros(1)}, tmp_path / "ft-model-00001-of-00001.safetensors")
+    model = make("llama")
+    tt.load(model, tmp_path)
+    torch.testing.assert_close(update(model, path), 2.5 * b @ a)
+
+
 def test_torchtune_files_that_do_not_fit(tmp_path) -> None:
     file = tmp_path / "adapter_0.pt"
     good = {"layers.0.attn.v_proj.lora_a.weight": draw(2, 32), "layers.0.attn.v_proj.lora_b.weight": draw(16, 2)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -390,20 +389,3 @@ def test_averages_of_what_was_cut_resume_too(stop: int, tmp_path: Path):
     restoration.load(model, tmp_path / "a", trainable=True)
     train(model, *make(), state=stored["state"], opt_state=stored["opt"])
     assert all(torch.equal(v, whole.state_dict()[k]) for k, v in model.state_dict().items())
-
-
-@pytest.mark.parametrize("official", [False, True])
-def test_counts_as_the_authors_take_them(official):
-    """Of n a share p takes ``floor(p (n - 1)) + 1`` with the authors' quantile, by hand: the strict comparison itself."""
-    model = net()
-    amounts = {"heads": 0.4, "channels": 0.25, "modules": 0.3, "ranks": 0.6}
-    schedule = LightPEFT(2, **amounts, official=official)
-    sizes = {"heads": 4, "channels": 26, "modules": 14, "ranks": 7}
-    for name, n in sizes.items():
-        values = torch.arange(1.0, n + 1, dtype=torch.float64)
-        theirs = int((values <= torch.quantile(values, amounts[name])).sum())
-        assert schedule._gone(name, n) == (theirs if official else math.floor(amounts[name] * n + 0.5)), name
-    before = len(adapters(model))
-    train(model, schedule, steps=6)
-    lost = {True: math.floor(0.3 * (before - 1)) + 1, False: math.floor(0.3 * before + 0.5)}[official]
-    assert before - len(adapters(model)) >= lost

@@ -21,6 +21,7 @@ from trimtab.artifacts.weights import Weights
 from trimtab.core import cut, fingerprint
 from trimtab.core.checkpoint import VERSION, inspect, read_tensors, write_folder
 from trimtab.core.errors import CheckpointMismatch, ShapeMismatch, TrimtabError, Unsupported, raise_all
+from trimtab.core.reading import check_fields
 from trimtab.core.state import adapter_group, state_of, unwrap
 
 __all__ = ["adapter_manifest", "adapter_tensors", "exchange", "expand"]
@@ -64,15 +65,23 @@ def adapter_manifest(packed: Packed) -> dict[str, Any]:
     """The manifest of a compressed adapter, as ``tt.save`` would write it.
 
     Raises:
-        Unsupported: the file is the difference of two checkpoints.
+        Unsupported: the file is the difference of two checkpoints. CheckpointMismatch: its header is damaged.
     """
     if packed.kind != "adapter":
         raise Unsupported(f"{packed.path} is the difference of two checkpoints, not an adapter; tt.expand it beside its reference")
-    stored = packed.header["manifest"]
+    stored = packed.header.get("manifest")
+    aliases = stored.get("aliases") if isinstance(stored, dict) else None
     tensors = {entry.key: {"shape": list(entry.shape), "dtype": entry.dtype} for entry in packed.entries}
-    for key, source in stored["aliases"].items():
-        tensors[key] = tensors[source]
-    return {"format": "trimtab", "version": VERSION, **stored, "tensors": tensors, "base": unpack_base(stored["base"])}
+    if not isinstance(aliases, dict) or not all(isinstance(name, str) and name in tensors for name in aliases.values()):
+        raise CheckpointMismatch(f"the header of {packed.path} is damaged: its manifest lacks or garbles 'aliases'")
+    check_fields(packed.header, {"reference": str, "needs_base": bool, "sketch": list}, f"the header of {packed.path}")
+    lacking = [key for key in ("reference", "needs_base", "sketch") if packed.header.get(key) is None]
+    numbers = [v for v in packed.header.get("sketch") or () if isinstance(v, bool) or not isinstance(v, int | float)]
+    if lacking or numbers:
+        raise CheckpointMismatch(f"the header of {packed.path} is damaged: it lacks or garbles {', '.join(lacking) or 'sketch'}")
+    base = unpack_base(stored.get("base"), f"the header of {packed.path}")
+    tensors |= {key: tensors[source] for key, source in aliases.items()}
+    return {"format": "trimtab", "version": VERSION, **stored, "tensors": tensors, "base": base}
 
 
 def _adapter_starts(packed: Packed, model: nn.Module | None, reference: Path | None) -> dict[str, Tensor]:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import struct
 import zlib
@@ -36,7 +35,7 @@ from trimtab.core import cut, fingerprint
 from trimtab.core.checkpoint import FORMATS, install, rebuild
 from trimtab.core.contracts import Adapter
 from trimtab.core.errors import CheckpointMismatch, Unsupported
-from trimtab.core.reading import inflate, parse_json, regular_size
+from trimtab.core.reading import LONGEST, inflate, parse_json, regular_size
 from trimtab.core.state import unwrap
 
 __all__ = ["Entry", "Frame", "Packed", "frames_of", "write"]
@@ -45,10 +44,13 @@ MAGIC, VERSION, SUFFIX = b"TRIMTERN", 1, ".tern"
 HEAD, FRAME, CRC = struct.Struct("<8sII"), struct.Struct("<4sI"), struct.Struct("<I")
 END = struct.Struct("<I16s")
 ENTRIES = 1 << 22  # of a frame
+_LARGEST = torch.finfo(torch.float32).max
 STORES = ("ternary", "start", "raw", "float16", "bfloat16", "int8")
 STARTS = ("zero", "made", "base", "held", "other")
 #: entries that a file may stand for: this many, and so many more a byte (at a density of 0.01 % a byte holds some five thousand)
 FREE, DENSEST = 1 << 26, 1 << 13
+#: bytes that a header may become: this many, and so many times its own (one of many alike places becomes thirty times as long)
+ROOM, MOST_RATIO = 1 << 24, 50
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def _is_entry(row: Any) -> bool:
     key, dtype, shape, store, start, scale, fitted = row + ["zero", 0.0, False][len(row) - 4 :]
     names = isinstance(key, str) and isinstance(getattr(torch, str(dtype), None), torch.dtype)
     sizes = isinstance(shape, list) and len(shape) <= 64 and all(type(n) is int and 0 <= n < 1 << 48 for n in shape)
-    number = isinstance(scale, int | float) and not isinstance(scale, bool) and math.isfinite(scale)
+    number = isinstance(scale, int | float) and not isinstance(scale, bool) and abs(scale) <= _LARGEST
     return names and sizes and number and store in STORES and start in STARTS and isinstance(fitted, bool)
 
 
@@ -260,8 +262,8 @@ class Packed:
             raise self._bad(self.size, f"it ends within its header, which has {length} bytes from byte {HEAD.size} on")
         if zlib.crc32(start + rest[:length]) != CRC.unpack(rest[length:])[0]:
             raise self._bad(HEAD.size, f"the header's {length} bytes do not fit their checksum")
-        what = f"the header of {self.path}"
-        return parse_json(inflate(rest[:length], what), what, finite=False), HEAD.size + length + CRC.size
+        what, most = f"the header of {self.path}", min(LONGEST, ROOM + MOST_RATIO * length)
+        return parse_json(inflate(rest[:length], what, most=most), what, finite=False), HEAD.size + length + CRC.size
 
     def _names(self, frame: Frame) -> str:
         keys = [self.entries[i].key for i, _, _ in frame.pieces]

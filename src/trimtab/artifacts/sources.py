@@ -97,14 +97,25 @@ def _pack_base(base: Mapping[str, Any]) -> dict[str, Any]:
     return stored if kinds is None else stored | {"storage": {key: kinds[key] for key in chosen}}
 
 
-def unpack_base(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of ``_pack_base``, up to the tensors and digits that were left out."""
+def unpack_base(stored: Any, source: str) -> dict[str, Any]:
+    """The inverse of ``_pack_base``, up to the tensors and digits that were left out.
+
+    Args:
+        source: where it was read, for messages.
+
+    Raises:
+        CheckpointMismatch: it is no such sample.
+    """
 
     def read(text: str) -> list[float | None]:
-        values = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.bfloat16).tolist()
+        data = base64.b64decode(text, validate=True)
+        values = torch.frombuffer(bytearray(data), dtype=torch.bfloat16).tolist() if data else []
         return [None if v != v else v for v in values]
 
-    return {**stored, "samples": {key: read(text) for key, text in stored["samples"]}}
+    try:
+        return {**stored, "samples": {str(key): read(text) for key, text in stored["samples"]}}
+    except (TypeError, ValueError, KeyError) as error:
+        raise CheckpointMismatch(f"{source} is damaged: its sample of the base is none ({error})") from None
 
 
 def from_adapter(

@@ -5,6 +5,7 @@
 trained without it, and their loader corrects that, as this one does. In a fused layer the factors of q, k and v stand one below
 the other. A bottleneck is ``<path>.adapters.<name>.adapter_down.0.{weight,bias}`` and ``adapter_up.{weight,bias}``; where it reads
 what it is added to, as Houlsby's does, it is ``tt.SeriesAdapter``; Pfeiffer's reads a norm of it and has no counterpart here.
+A prediction head in the same folder is read too (``adapterhub_head.py``).
 Facts: adapter-hub/adapters src/adapters/{loading,utils}.py, methods/{lora,modeling}.py, configuration/adapter_config.py.
 """
 
@@ -17,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trimtab.compat.adapterhub_head import read_head
 from trimtab.compat.foreign import Filling, ForeignFormat, read_tensors
 from trimtab.core.checkpoint import FORMATS
 from trimtab.core.contracts import Adapter
-from trimtab.core.errors import CheckpointMismatch, Unsupported
-from trimtab.core.reading import read_json
+from trimtab.core.errors import CheckpointMismatch, ShapeMismatch, Unsupported
+from trimtab.core.reading import check_fields, read_json
 from trimtab.core.registry import get
 from trimtab.core.site import Site
 
@@ -47,8 +49,10 @@ class AdapterHubFolder(ForeignFormat):
             return False
         return isinstance(config, dict) and "peft_type" not in config and isinstance(config.get("config"), dict)
 
-    def read(self, root: nn.Module, path: Path, *, trainable: bool = False) -> tuple[str, list[Adapter], dict[str, Tensor]]:
-        """See ``ForeignFormat``."""
+    def read(
+        self, root: nn.Module, path: Path, *, trainable: bool = False, head: bool = True
+    ) -> tuple[str, list[Adapter], dict[str, Tensor]]:
+        """See ``ForeignFormat``; ``head=False`` leaves out a prediction head that stands beside the adapter."""
         about = read_json(path / CONFIG)
         config, name = _method(about, path), str(about.get("name", "default"))
         file = next((path / f for f in FILES if (path / f).is_file()), None)
@@ -70,6 +74,8 @@ class AdapterHubFolder(ForeignFormat):
                 factors = {factor: stored[key] for factor, key in keys.items()}
                 put = _bottleneck if kind == "adapters" else _gain if config["composition_mode"] == "scale" else _lora
                 put(filling, site, config, factors, keys)
+        if head:
+            read_head(filling, path)
         return name, *filling.finish()
 
 
@@ -80,6 +86,7 @@ def _method(about: dict[str, Any], path: Path) -> dict[str, Any]:
         Unsupported: another architecture, or a gate. CheckpointMismatch: a setting without which its function is not known.
     """
     config = dict(about["config"])
+    check_fields(config, {"architecture": str, "non_linearity": str}, str(path / CONFIG))
     kind = config.get("architecture") or "bottleneck"
     if kind == "bottleneck":
         return _series(config, about, path)
@@ -87,7 +94,8 @@ def _method(about: dict[str, Any], path: Path) -> dict[str, Any]:
         raise Unsupported(f"{path} holds an adapter of the architecture {kind}, and trimtab reads lora, (IA)^3 and bottlenecks")
     if config.get("use_gating"):
         raise Unsupported(f"{path} says use_gating: its update depends on the input, and no weight is the same")
-    lacking = [key for key in ("r", "alpha") if not isinstance(config.get(key), int | float)]
+    check_fields(config, {"r": int, "alpha": (int, float), "attn_matrices": list, "composition_mode": str}, str(path / CONFIG))
+    lacking = [key for key in ("r", "alpha") if config.get(key) is None]
     if lacking:
         raise CheckpointMismatch(f"{path / CONFIG} does not say {' and '.join(lacking)}, without which the function is not known")
     config.setdefault("composition_mode", "add")
@@ -116,7 +124,7 @@ def _series(config: dict[str, Any], about: dict[str, Any], path: Path) -> dict[s
     other = [f"{key}={config[key]!r}" for key, plain in _PLAIN.items() if config.get(key, plain) not in (plain, None)]
     if config.get("residual_before_ln", True) == "post_add":
         other.append("residual_before_ln='post_add'")
-    if not isinstance(config.get("scaling", 1.0), int | float):
+    if isinstance(config.get("scaling", 1.0), bool) or not isinstance(config.get("scaling", 1.0), int | float):
         other.append(f"scaling={config['scaling']!r}")
     name = str(config.get("non_linearity")).lower()
     act = (_OLD_ACTIVATIONS if "version" not in about else {}).get(name) or _ACTIVATIONS.get(name)
@@ -172,18 +180,39 @@ def _lora(filling: Filling, site: Site, config: dict[str, Any], factors: dict[st
     if lacking:
         return
     a, b, rank = factors["lora_A"], factors["lora_B"], int(config["r"])
+    if a.dim() != 2 or b.dim() != 2 or not rank or a.shape[0] % rank or not a.shape[0] or b.shape[1] != rank:
+        filling.problems.append(
+            ShapeMismatch(
+                f"{filling.source} has lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)} for {site.path}, which are no factors "
+                f"of the rank {rank} that {CONFIG} says"
+            )
+        )
+        return
     groups = a.shape[0] // rank
     if groups > 1 or b.shape[0] < site.shape[0]:  # q, k, v in one layer: a pair of factors each, B at its rows
-        b = _spread(b, config, site.shape[0], groups)
+        enabled = _enabled(config)
+        if len(enabled) != groups or b.shape[0] != groups * (site.shape[0] // len(_FUSED)):
+            filling.problems.append(
+                ShapeMismatch(
+                    f"{filling.source} has factors for {groups} of q, k and v at {site.path}, lora_B of {tuple(b.shape)}; {CONFIG} "
+                    f"says {[_FUSED[i] for i in enabled]}, and the layer has {site.shape[0]} rows"
+                )
+            )
+            return
+        b = _spread(b, enabled, site.shape[0], groups)
     filling.put(site, get("LoRA")(rank=a.shape[0], alpha=float(config["alpha"]) * groups), {"a": a, "b": b}, keys.values())
 
 
-def _spread(b: Tensor, config: dict[str, Any], out: int, groups: int) -> Tensor:
+def _enabled(config: dict[str, Any]) -> list[int]:
+    """Which of q, k and v have factors, by their numbers."""
+    return [i for i, name in enumerate(_FUSED) if name in (config.get("attn_matrices") or ())]
+
+
+def _spread(b: Tensor, enabled: list[int], out: int, groups: int) -> Tensor:
     """The groups' factors (groups out / 3, r) as one block matrix (out, groups r): q, k and v at their own rows."""
     third, rank = out // len(_FUSED), b.shape[1]
     whole = b.new_zeros(out, groups * rank)
-    enabled = [i for i, name in enumerate(_FUSED) if name in config.get("attn_matrices", ())]
-    for group, i in enumerate(enabled[:groups]):
+    for group, i in enumerate(enabled):
         whole[i * third : (i + 1) * third, group * rank : (group + 1) * rank] = b[group * third : (group + 1) * third]
     return whole
 
@@ -195,8 +224,11 @@ def _gain(filling: Filling, site: Site, config: dict[str, Any], factors: dict[st
         return
     gain = factors["lora_B"].flatten()
     if len(gain) < site.shape[0]:
-        third = site.shape[0] // len(_FUSED)
-        enabled = [i for i, name in enumerate(_FUSED) if name in config.get("attn_matrices", ())]
+        third, enabled = site.shape[0] // len(_FUSED), _enabled(config)
+        if len(gain) != len(enabled) * third:
+            said = f"{CONFIG} says {[_FUSED[i] for i in enabled]} of {third} rows each"
+            filling.problems.append(ShapeMismatch(f"{filling.source} has {len(gain)} gains for {site.path}, and {said}"))
+            return
         whole = torch.ones(len(_FUSED), third)
         whole[enabled] = gain.reshape(len(enabled), third)
         gain = whole.flatten()

@@ -18,6 +18,7 @@ import trimtab.artifacts.packed
 import trimtab.compat.adapterhub
 import trimtab.compat.diffusers_write
 import trimtab.compat.kohya
+import trimtab.compat.mlx
 import trimtab.compat.peft
 import trimtab.compat.torchtune  # noqa: F401
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from trimtab.compat.tensor_files import read_tensors as read_stored
 from trimtab.core.errors import CheckpointMismatch, Unsupported
 from trimtab.core.files import sync
-from trimtab.core.reading import listed, read_json
+from trimtab.core.reading import check_fields, listed, read_json
 
 __all__ = [
     "CONFIG",
@@ -44,6 +44,23 @@ PICKLE = "adapter_model.bin"
 PREFIX = "base_model.model."
 #: in the tensors' file, the sample of the base that trimtab took
 METADATA = "trimtab_base"
+#: the types of the fields that peft's configs share, or that decide a function; what they say is another question
+FIELDS = {
+    **dict.fromkeys(("r", "decompose_factor", "n_frequency", "num_virtual_tokens", "oft_block_size", "boft_block_size"), int),
+    **dict.fromkeys(
+        ("lora_alpha", "alpha", "lora_dropout", "module_dropout", "rank_dropout", "scaling", "d_initial"), (int, float)
+    ),
+    **dict.fromkeys(
+        ("use_rslora", "use_dora", "fan_in_fan_out", "inference_mode", "decompose_both", "lora_bias", "save_projection"), bool
+    ),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), dict),
+    **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), (list, str)),
+    **dict.fromkeys(("modules_to_save", "feedforward_modules"), list),
+    **dict.fromkeys(("bias", "task_type", "peft_type", "base_model_name_or_path", "revision"), str),
+    **dict.fromkeys(("target_parameters", "token_indices"), list),
+    "trainable_token_indices": (list, dict), "ensure_weight_tying": bool, "layers_to_transform": (list, int),
+    "init_lora_weights": (bool, str), "init_weights": (bool, str),
+}  # fmt: skip
 #: the peft type of which only norms learn, and, below a norm's path, the name of the copy that it trains
 NORMS = "LN_TUNING"
 NORM_COPY = "ln_tuning_layers"
@@ -59,12 +76,23 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = read_json(file)
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise CheckpointMismatch(f"{file} is not a peft config: it names no peft_type")
+    check_fields(config, FIELDS, str(file))
+    for key, kind in (("rank_pattern", list if config["peft_type"] == "ADALORA" else int), ("alpha_pattern", (int, float))):
+        table = config.get(key) or {}
+        check_fields(table, dict.fromkeys(table, kind), f"{key} in {file}")
+    for key in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "feedforward_modules"):
+        names = config.get(key)
+        if isinstance(names, list) and not all(isinstance(name, str) for name in names):
+            raise CheckpointMismatch(f"{file} says {key}={names!r}, where names are needed")
+    rows = config.get("trainable_token_indices")
+    if isinstance(rows, dict):
+        check_fields(rows, dict.fromkeys(rows, list), f"trainable_token_indices in {file}")
     return config
 
 
 def others_config(folder: Path) -> bool:
     """Whether the config in ``folder`` is adapter-hub's, or stands beside torchtune's own file alone."""
-    if (folder / "adapter_model.pt").is_file() and not any((folder / name).is_file() for name in (TENSORS, PICKLE)):
+    if any(folder.glob("adapter_*.pt")) and not any((folder / name).is_file() for name in (TENSORS, PICKLE)):
         return True
     try:
         config = read_json(folder / CONFIG)

@@ -14,7 +14,7 @@ from trimtab.compat.quantised_files import codec_for
 from trimtab.compat.safetensors_file import Header, read_header, read_tensor
 from trimtab.compat.weight_names import Group, WeightNames
 from trimtab.core.errors import CheckpointMismatch, Unsupported
-from trimtab.core.reading import inside, listed, read_json
+from trimtab.core.reading import check_finite, inside, listed, read_json
 from trimtab.core.state import parameter_users
 
 __all__ = ["INDEX", "Pretrained", "index_of", "read_files"]
@@ -188,10 +188,18 @@ class Pretrained:
         self._last = None
 
     def tensor(self, key: str) -> Tensor:
-        """One tensor of the checkpoint; a quantised weight as its library's parameter."""
-        if key in self.parts:
-            return self.codec.read(key, lambda part: read_tensor(self.where[part], part))
-        return read_tensor(self.where[key], key)
+        """One tensor of the checkpoint; a quantised weight as its library's parameter.
+
+        Raises:
+            CheckpointMismatch: it holds NaN or infinite values, or the file changed meanwhile.
+        """
+        return self.codec.read(key, self._stored) if key in self.parts else self._stored(key)
+
+    def _stored(self, key: str) -> Tensor:
+        value = read_tensor(self.where[key], key)
+        if value.is_floating_point() and value.dtype.itemsize > 1:  # torch asks no 8-bit number whether it is finite
+            check_finite({key: value}, str(self.where[key].file))
+        return value
 
     def keys(self, group: Group) -> list[str]:
         """The names of all tensors of the files that hold a group: a quantised weight has several."""

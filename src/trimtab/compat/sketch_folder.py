@@ -76,6 +76,9 @@ def read_manifest(folder: Path, *, unfinished: bool = False) -> dict[str, Any]:
         raise CheckpointMismatch(f"{file} is damaged: it lacks {', '.join(missing)}")
     if manifest["seal"] != seal(manifest):
         raise CheckpointMismatch(f"{file} was changed after it was written: its seal does not fit its content")
+    odd = [key for key, entry in manifest["tensors"].items() if not _is_entry(entry)] if _tables(manifest) else ["it"]
+    if odd:
+        raise CheckpointMismatch(f"{file} is damaged: it says of {odd[0]} what no tensor of a sketch has")
     waiting = [name for name, digest in manifest["shards"].items() if digest is None]
     if waiting and not unfinished:
         raise CheckpointMismatch(
@@ -83,6 +86,26 @@ def read_manifest(folder: Path, *, unfinished: bool = False) -> dict[str, Any]:
             "run the same trimtab compress-base again, it goes on where it was interrupted"
         )
     return manifest
+
+
+def _tables(manifest: dict[str, Any]) -> bool:
+    """Whether the manifest's own entries are of the right kinds."""
+    shards, source = manifest["shards"], manifest["source"]
+    named = isinstance(shards, dict) and all(digest is None or isinstance(digest, str) for digest in shards.values())
+    dtype = getattr(torch, str(source.get("dtype")), None) if isinstance(source, dict) else None
+    return named and isinstance(dtype, torch.dtype) and isinstance(manifest["tensors"], dict)
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether a value of the manifest can be the entry of a tensor."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("file"), str) or not isinstance(entry.get("shape"), list):
+        return False
+    if not all(type(size) is int and 0 <= size < 1 << 48 for size in entry["shape"]):
+        return False
+    if "bits" not in entry:
+        return True
+    counts = all(type(entry.get(key)) is int and 0 < entry[key] < 1 << 32 for key in ("bits", "groups"))
+    return counts and entry["bits"] <= 8 and isinstance(entry.get("transposed"), bool) and len(entry["shape"]) == 2
 
 
 def read_shard(folder: Path, manifest: dict[str, Any], name: str) -> dict[str, Tensor]:

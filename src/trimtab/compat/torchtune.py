@@ -42,7 +42,7 @@ class TorchtuneFile(ForeignFormat):
         """Whether ``path`` is such a file, or a folder with one."""
         if any((path / name).is_file() for name in ("adapter_model.safetensors", "adapter_model.bin")):
             return False  # torchtune also writes peft's form
-        file = only_file(path, ["adapter_model.pt"])
+        file = _file(path)
         return file is not None and any(key.endswith(".lora_a.weight") for key in keys_of(file))
 
     def read(
@@ -54,7 +54,7 @@ class TorchtuneFile(ForeignFormat):
             alpha: numerator of the scale ``alpha / rank``; None: from ``adapter_config.json`` beside the file.
             permute: whether rows of q and k change from pairs to halves; None: by the model's type.
         """
-        file = only_file(path, ["adapter_model.pt"])
+        file = _file(path)
         stored = read_tensors(file)
         alpha = _alpha(file) if alpha is None else float(alpha)
         filling = Filling(root, file, stored)
@@ -70,6 +70,12 @@ class TorchtuneFile(ForeignFormat):
             factors = {factor: stored[key] for factor, key in keys.items()}
             _fill(filling, block, module, factors, keys, alpha=alpha, pairs=bool(permute))
         return file.stem, *filling.finish()
+
+
+def _file(path: Path) -> Path | None:
+    """torchtune's own file: ``adapter_model.pt``, or ``adapter_<epoch>.pt`` of earlier releases; whole models may lie beside."""
+    named = sorted(p.name for p in path.glob("adapter_*.pt")) if path.is_dir() else []
+    return only_file(path, ["adapter_model.pt", *(named if len(named) == 1 else [])])
 
 
 Factors = dict[str, Tensor]

@@ -17,7 +17,7 @@ from trimtab.core.errors import NoMatch, ShapeMismatch, TooSmall, TrimtabError, 
 from trimtab.core.excluding import Exclusion
 from trimtab.core.kinds import site_for
 from trimtab.core.places import sites_of
-from trimtab.core.selection import Place, Targets, clauses_of, select
+from trimtab.core.selection import GROUPS, Place, Targets, clauses_of, select
 from trimtab.core.site import Cohort, Site
 from trimtab.core.stacks import token_places, vocabulary
 from trimtab.core.state import host, parameter_users
@@ -99,13 +99,30 @@ def plan(
         site.vocabulary = vocabulary(anatomy, site) if site.role in ("stack", "block") else None
     for config, site in assignments:
         _read_alike(config, site)
-    _refuse_ties(root, assignments)
+    assignments = _without_ties(root, assignments, notes)
     return Plan(assignments, notes, free=all(getattr(method, f.name) == f.default for f in fields(method)))
+
+
+def default_places(method: MethodConfig, anatomy: Anatomy) -> str:
+    """Where ``method`` acts if no targets are named.
+
+    A method of linear layers acts on convolutions too where the blocks are made of these, or where there is nothing else.
+    """
+    cls = type(method).adapter_class
+    default = cls.places(method, anatomy)
+    if default != "linear" or not cls.kinds & {"conv", "grouped"} or anatomy.banks:
+        return default
+    linear = [path for path, role in anatomy.roles.items() if GROUPS["linear"](role)]
+    convs = [path for path, role in anatomy.roles.items() if role == "conv"]
+    if not linear:
+        return "conv" if convs else default
+    inside = [[path for path in paths if anatomy.block_of(path) is not None] for paths in (linear, convs)]
+    return "linear | conv" if inside[1] and not inside[0] else default
 
 
 def _absent(root: nn.Module, method: MethodConfig, layers: Sequence[int] | None, anatomy: Anatomy) -> list[str]:
     """A sentence for each clause of the method's default that matches nothing in this model."""
-    default = type(method).adapter_class.places(method, anatomy)
+    default = default_places(method, anatomy)
     found = []
     for clause in clauses_of(default, "") if "|" in default else ():
         try:
@@ -145,7 +162,7 @@ def _overridden(
             problems.append(
                 NoMatch(
                     f"the override {clause!r} matches {len(chosen)} places, none of which is targeted by "
-                    f"{targets or type(method).adapter_class.places(method, anatomy)!r}; add it to targets, or attach it on its own"
+                    f"{targets or default_places(method, anatomy)!r}; add it to targets, or attach it on its own"
                 )
             )
         for index in hits:
@@ -195,7 +212,7 @@ def _select(
         names = cls.tensors
         leaves = lambda module: any(module._parameters.get(tensor) is not None for tensor in names)  # noqa: E731
         wanted = f"a parameter called {' or '.join(names)}"
-    default = cls.places(method, anatomy)
+    default = default_places(method, anatomy)
     reads = cls.reads(method) if issubclass(cls, ActivationAdapter) else None
     if excluding and reads == "residual":
         reads = "input"
@@ -229,28 +246,36 @@ def _follow_ties(root: nn.Module, anatomy: Anatomy, found: dict[tuple[str, str],
             found.setdefault((other.path, other.slot), (config, other))
 
 
-def _refuse_ties(root: nn.Module, assignments: list[Assignment]) -> None:
+def _without_ties(root: nn.Module, assignments: list[Assignment], notes: list[str]) -> list[Assignment]:
     """A tied tensor is one site: no two adapters of one attach on it, and no selection that would cut the tie.
 
-    A selection replaces what its own module reads; the other users of a tied tensor would keep the old values.
+    A selection replaces what its own module reads; the other users of a tied tensor would keep the old values. Places that the
+    method's default found are left out, with a note; others are refused.
     """
     problems: list[TrimtabError] = []
     users = parameter_users(root)
     seen: dict[int, Site] = {}
+    kept: list[Assignment] = []
     for config, site in assignments:
-        if site.kind == "module" or site.rows is not None or type(config).adapter_class.whole_ties:
-            continue
-        others = [n for n in users[id(site.parameter())] if n != ".".join(filter(None, (site.path, site.tensor)))]
-        if others and (
-            seen.setdefault(id(site.parameter()), site) is not site or issubclass(type(config).adapter_class, Selection)
-        ):
+        others: list[str] = []
+        if site.kind != "module" and site.rows is None and not type(config).adapter_class.whole_ties:
+            others = [n for n in users[id(site.parameter())] if n != ".".join(filter(None, (site.path, site.tensor)))]
+        alone = issubclass(type(config).adapter_class, Selection)
+        if not others or not (alone or seen.setdefault(id(site.parameter()), site) is not site):
+            kept.append((config, site))
+        elif site.clause is None and (len(assignments) > 1 or not alone):
+            notes.append(f"left out: {site.path}.{site.tensor}, which is one tied tensor with {others[0]}")
+        else:
             problems.append(
                 Unsupported(
                     f"{site.path}.{site.tensor} and {others[0]} are one tied tensor, and {type(config).__name__} would change one "
                     "of them alone; attach a low-rank method to one of the two, or untie the model before attaching"
                 )
             )
+    if not kept and not problems:
+        problems = [Unsupported(f"{type(assignments[0][0]).__name__} finds tied tensors alone: {notes[-1]}; untie the model first")]
     raise_all(problems)
+    return kept
 
 
 def prepare(assignments: list[Assignment], dtype: torch.dtype | None) -> None:

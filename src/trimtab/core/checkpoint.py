@@ -21,7 +21,7 @@ from trimtab.core.errors import CheckpointMismatch, NoMatch, ShapeMismatch, Trim
 from trimtab.core.files import sync
 from trimtab.core.kinds import site_for
 from trimtab.core.places import module_site
-from trimtab.core.reading import check_finite, inside, read_json
+from trimtab.core.reading import check_finite, inside, read_json, scale_problems
 from trimtab.core.recognition import MANIFEST, check_options, recognise
 from trimtab.core.registry import config_from_dict, config_to_dict
 from trimtab.core.selection import Place
@@ -46,8 +46,7 @@ def save(model: nn.Module, path: str | os.PathLike, *, name: str | None = None, 
 
     Args:
         name: the adapter; may be left out if there is one.
-        format: ``"trimtab"``, or ``"peft"`` for a folder that huggingface/peft loads, or ``"diffusers"``.
-        options: of the format: ``base_name`` of peft's, ``component`` of diffusers'.
+        format: ``"trimtab"``, ``"peft"`` (with ``base_name=`` as an option) or ``"diffusers"`` (with ``component=``).
 
     Raises:
         NoMatch: no such adapter. Unsupported: unknown format, or a method the format cannot hold.
@@ -104,8 +103,7 @@ def load(
         trainable: whether its parameters learn.
         active: whether it acts; None: only if no other adapter is on the model.
         check_base: compare a sample of the base's weights with the sample in the manifest.
-        options: what another library's format leaves open, as for ``tt.convert``: ``part`` of a file for several models,
-            ``alpha`` and ``permute`` of torchtune's, ``scale`` of MLX', ``head`` of adapter-hub's.
+        options: of another library's format, as for ``tt.convert``: ``part`` (kohya), ``alpha``, ``permute`` (torchtune), ...
 
     Raises:
         CheckpointMismatch: damaged or foreign files, or another base. ShapeMismatch: sizes differ. NoMatch: a place is
@@ -348,7 +346,7 @@ def fill(adapters: list[Adapter], tensors: dict[str, Tensor], source: str) -> No
         CheckpointMismatch: missing or unused tensors, NaN or infinite values, as a list. ShapeMismatch: sizes differ.
     """
     check_finite(tensors, source)
-    problems: list[TrimtabError] = []
+    problems: list[TrimtabError] = scale_problems(adapters, source)
     used: set[str] = set()
     shared: dict[tuple, Tensor] = {}
     for adapter in adapters:
@@ -360,6 +358,8 @@ def fill(adapters: list[Adapter], tensors: dict[str, Tensor], source: str) -> No
             used.add(prefix + key)
             if found is None:
                 problems.append(CheckpointMismatch(f"{source} lacks {prefix + key}"))
+            elif found.is_floating_point() != wanted.is_floating_point():
+                problems.append(CheckpointMismatch(f"{prefix + key} is {found.dtype} in {source}, {wanted.dtype} is needed"))
             elif found.shape != wanted.shape:
                 problems.append(
                     ShapeMismatch(f"{prefix + key} is {tuple(found.shape)} in {source}, {tuple(wanted.shape)} is needed")

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from trimtab.core.configs import MethodConfig, Span
+from trimtab.core.methodconfig import MethodConfig, Span
 from trimtab.core.site import Operation, Site
 
 if TYPE_CHECKING:
@@ -88,12 +88,8 @@ class Adapter(nn.Module):
 
     @classmethod
     def places(cls, config: MethodConfig, anatomy: Anatomy) -> str:
-        """Where the method acts if the user names no targets; override where an option or the model decides it.
-
-        A method of linear layers acts on the convolutions of a model that has none.
-        """
-        matrices = any(role.startswith(("attn.", "mlp.", "linear")) for role in anatomy.roles.values()) or anatomy.banks
-        return "conv" if cls.targets == "linear" and not matrices and "conv" in cls.kinds else cls.targets
+        """Where the method acts if the user names no targets; override where an option or the model decides it."""
+        return cls.targets
 
     @classmethod
     def needs(cls, config: MethodConfig) -> tuple[str, ...]:

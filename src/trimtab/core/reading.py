@@ -25,12 +25,13 @@ from trimtab.core.errors import CheckpointMismatch, TrimtabError, raise_all
 
 __all__ = [
     "LONGEST", "check_fields", "check_finite", "inflate", "inside", "listed", "parse_json", "read_bytes", "read_json",
-    "regular_size",
+    "regular_size", "scale_problems",
 ]  # fmt: skip
 
 LONGEST = 100_000_000  # bytes of a JSON text; safetensors' own bound of a header
 VALUES = 4_000_000  # of a JSON text: numbers, names, lists
 DEEPEST = 64
+_LARGEST = torch.finfo(torch.float32).max
 DIGITS = 40  # transformers writes a tokenizer's "no limit" as an integer of 31 digits
 
 _KINDS = {
@@ -201,6 +202,15 @@ def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
         if not value.is_meta and (value.is_floating_point() or value.is_complex()) and not bool(torch.isfinite(value).all()):
             problems.append(CheckpointMismatch(f"{key} in {source} holds NaN or infinite values; restore it from a copy"))
     raise_all(problems)
+
+
+def scale_problems(adapters: Iterable[Any], source: str) -> list[TrimtabError]:
+    """A problem for each adapter whose config has a scale that no float32 holds: everything it computes would be infinite."""
+    scales = [(adapter.site.name, getattr(adapter.config, "scale", None)) for adapter in adapters]
+    return [
+        CheckpointMismatch(f"{name} in {source} has a scale of {scale}, which is beyond all float32 numbers")
+        for name, scale in scales if isinstance(scale, int | float) and not abs(scale) < _LARGEST
+    ]  # fmt: skip
 
 
 def check_fields(config: Mapping[str, Any], kinds: Mapping[str, type | tuple[type, ...]], source: str) -> None:

@@ -288,10 +288,14 @@ class _Search:
         there = [path for path, role in self.anatomy.roles.items() if test(role) and self.inside(path)]
         if there and self.wanted:
             return f"{clause!r} means {len(there)} places ({there[0]}, ...), of which none has {self.wanted}{self.hint()}"
-        known = [*dict.fromkeys(self.anatomy.roles.values()), *GROUPS, *ROLES, *(SUBLAYERS if self.reads is not None else ())]
+        where = "" if self.allowed is None else f" in the layers {sorted(self.allowed)}"
+        if clause in (*ROLES, *GROUPS, *SUBLAYERS):
+            return f"there is no {clause!r} in this model{where}{self.hint()}"
+        here = list(dict.fromkeys(self.anatomy.roles.values()))
+        known = [*here, *(group for group, test in GROUPS.items() if any(map(test, here)))]
+        known += [s.role for s in self.anatomy.sublayers] if self.reads is not None else []
         known += list(dict.fromkeys(path.rpartition(".")[2] for path in self.anatomy.roles))
         known += list(self.anatomy.modules)
-        where = "" if self.allowed is None else f" in the layers {sorted(self.allowed)}"
         return f"{clause!r} matches no place{where}{nearest(clause, [k for k in dict.fromkeys(known) if k])}{self.hint()}"
 
 

@@ -120,7 +120,7 @@ def plan(
     floor = _floor(base, inputs)
     weights = sum(stored_bytes(p) for p in base.parameters())
     count = sum(p.numel() for p in base.parameters())
-    places = tt.attach(base, method, targets=targets, layers=layers, check_gradients=False)
+    places = tt.attach(base, method, targets=targets, layers=layers, head=False, check_gradients=False)
     if checkpointing:
         # the meta device has no random state to preserve
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, "preserve_rng_state": False})

@@ -134,7 +134,8 @@ def attach_adapter(bundle: Bundle, config: TrainConfig) -> None:
     if method is not None:
         loss = _sample_losses(bundle, config) if method.adapter_class.wants(method) else None
         where = {"targets": config.targets, "layers": config.layers}
-        attach(bundle.model, method, **where, name=config.adapter, rng=rng, loss=loss)
+        # the task's own head, if it has one, comes right below
+        attach(bundle.model, method, **where, head=False, name=config.adapter, rng=rng, loss=loss)
     if head is not None:
         attach(bundle.model, registry.get("Unfreeze")(), targets=[head], name=config.adapter, rng=rng)
 

@@ -184,7 +184,8 @@ class S2FTAdapter(Reparameterization):
     @staticmethod
     def _pool(config: S2FT, site: Site) -> list[Site]:
         """The sites that ``site``'s units are drawn with."""
-        alone = config.pool == "layer" or not any(s.name == site.name for s in site.cohort.sites)  # an expert of a bank
+        bank = len(site.shape) == 3 or not any(s.name == site.name for s in site.cohort.sites)  # its experts draw by themselves
+        alone = config.pool == "layer" or bank
         return [site] if alone else [s for s in site.cohort.sites if s.role == site.role and len(s.shape) == 2]
 
     def _index(self, rng: Generator) -> Tensor:

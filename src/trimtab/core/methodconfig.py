@@ -1,4 +1,4 @@
-"""The configs of methods: frozen dataclasses with checked fields, and the ranges worth searching."""
+"""What every method's config is: a frozen dataclass of hyperparameters, with the checks that they share."""
 
 from __future__ import annotations
 
