@@ -42,6 +42,8 @@ class Whole:
         self.users = parameter_users(reader.root) if entries else {}
         self.seen: set[tuple[str, str]] = set()
         self.rows: set[str] = set()
+        #: (tied tensor, tokens) -> their rows, and what their adapters share
+        self.tied: dict[tuple, tuple[Tensor, Cohort]] = {}
         self.below: list = []
 
     def finish(self) -> None:
@@ -176,7 +178,9 @@ class Whole:
         self.rows.add(path)
         ends = [(path, "weight"), *(end for end in self._ends(base) if end != (path, "weight"))]
         own = self._delta_paths()
-        cohort = Cohort()
+        value, cohort = self.tied.setdefault((id(base), tuple(indices)), (entry.value, Cohort()))
+        if not torch.equal(value, entry.value):  # both ends are in the file, and learnt apart
+            value, cohort = entry.value, Cohort()
         for where, tensor in [end for end in ends if end[0] == path or end[0] not in own]:
             try:
                 method = get("TokenRows")(tuple(indices))
@@ -192,7 +196,7 @@ class Whole:
                 )
                 continue
             reader.adapters.append(shapes_only(method, site, reader.rng))
-            reader.values[f"{where}.{site.slot}.value"] = entry.value
+            reader.values[f"{where}.{site.slot}.value"] = value
 
     def _delta_paths(self) -> set[str]:
         return {self.reader.layout.found[e.path] for e in self.entries if e.tail == DELTA}
