@@ -138,11 +138,18 @@ def test_routed_beside_another_adapter(tied) -> None:
 
 @pytest.mark.parametrize(
     ("indices", "match"),
-    [((3, 3), "twice: 3"), ((-1,), "at least 0"), ((), "at least one"), ((1.0,), "token ids"), ("9", "token ids")],
+    [((3, 3), "twice: 3"), ((-1,), "at least 0"), ((1.0,), "indices must be"), ("9", "indices must be"), (9, "indices must be")],
 )
 def test_indices_that_cannot_be_are_refused(indices, match) -> None:
     with pytest.raises(tt.TrimtabError, match=match):
         tt.TokenRows(indices)
+
+
+def test_any_kind_of_list_will_do_and_none_is_refused() -> None:
+    for given in ([4, 2], range(4, 1, -2), torch.tensor([4, 2])):
+        assert tt.TokenRows(given) == tt.TokenRows((4, 2))
+    with pytest.raises(tt.Unsupported, match="names no tokens"):
+        tt.attach(llama(), tt.TokenRows())
 
 
 def test_rows_outside_of_the_table_are_refused() -> None:

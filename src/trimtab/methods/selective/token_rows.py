@@ -8,7 +8,6 @@ Source: peft's "trainable tokens". Trainable: ``k * width``. Saved for backward:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,15 +44,13 @@ class TokenRows(MethodConfig):
 
     learning_rate = Span(1e-4, 1e-2, log=True)
 
-    indices: Iterable[int]  # kept as a tuple
+    indices: tuple[int, ...] | range | Tensor = ()  # kept as a tuple
 
     def __post_init__(self) -> None:
-        given: Any = self.indices.tolist() if isinstance(self.indices, Tensor) else self.indices
-        whole = isinstance(given, Iterable) and not isinstance(given, (str, bytes))
-        ids = tuple(given) if whole else ()
+        ids = tuple(self.indices.flatten().tolist() if isinstance(self.indices, Tensor) else self.indices)
         self.require(
-            bool(ids) and all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids),
-            f"indices must be token ids of at least 0, at least one of them, found {self.indices!r}",
+            all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids),
+            f"indices must be token ids of at least 0, found {self.indices!r}",
         )
         twice = sorted({i for i in ids if ids.count(i) > 1}) if len(set(ids)) < len(ids) else []
         self.require(not twice, f"indices names a token twice: {', '.join(map(str, twice[:5]))}")
@@ -85,6 +82,8 @@ class TokenRowsAdapter(Reparameterization):
     def check(cls, config: TokenRows, site: Site) -> None:
         if site.rows is not None or len(site.shape) != 2:
             raise Unsupported(f"{site.name} is no table with a row a token; target the embedding or the head")
+        if not config.indices:
+            raise Unsupported("TokenRows() names no tokens; say which rows learn: tt.TokenRows([32000, 32001])")
         entries = site.shape[1] if site.kind == "embedding" else site.shape[0]
         outside = [i for i in config.indices if i >= entries]
         if outside:
