@@ -216,25 +216,30 @@ def test_what_cannot_grow_says_so() -> None:
     model = llama()
     tt.attach(model, tt.DoRA(rank=2), targets="embedding")
     shake(model)
-    model.resize_token_embeddings(15)
-    for _ in range(2):
+    for verb in (lambda m: m.resize_token_embeddings(15), tt.summary, tt.summary):
         with pytest.raises(tt.Unsupported, match="model.embed_tokens grew from 12 to 15 rows after DoRA was attached"):
-            tt.summary(model)
+            verb(model)
     tt.detach(model, "default")
     assert model(input_ids=TOKENS).logits.shape[-1] == 15
 
 
-def test_a_step_that_ran_without_a_grown_head_is_not_taken() -> None:
+@pytest.mark.parametrize("inner", [False, True], ids=["", "inner"])
+def test_resizing_sees_the_base_and_is_followed_at_once(inner) -> None:
+    """The next forward has the adapters on the grown tables, without a verb in between, and the base holds no update."""
     model = llama()
-    tt.attach(model, tt.LoRA(rank=2), targets="head | attn.q")
+    tt.attach(model, tt.LoRA(rank=2), targets="embedding" if inner else "embedding | head | attn.q")
+    shake(model)
     optimizer = torch.optim.SGD(tt.parameters(model), lr=0.1)
-    model.resize_token_embeddings(15)
-    model(input_ids=TOKENS, labels=TOKENS).loss.backward()
-    with pytest.raises(tt.TrimtabError, match="run the step again"):
-        optimizer.step()
-    optimizer.zero_grad()
-    model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    with torch.no_grad():
+        y = model(input_ids=TOKENS).logits
+    (model.model if inner else model).resize_token_embeddings(15, mean_resizing=False)
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=TOKENS).logits[..., :12], y, atol=1e-5, rtol=1e-5)
+    assert torch.equal(model.state_dict()["model.embed_tokens.weight"][:12], llama().model.embed_tokens.weight)
+    model(input_ids=TOKENS).logits.square().mean().backward()
     optimizer.step()
+    tt.detach(model, "default")
+    assert "resize_token_embeddings" not in model.__dict__ and "resize_token_embeddings" not in model.model.__dict__
 
 
 def test_new_tokens_after_growing() -> None:

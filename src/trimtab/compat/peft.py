@@ -14,13 +14,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from trimtab.compat.peft_base import check_base as check_its_base
-from trimtab.compat.peft_files import CONFIG, factor_places, others_config, read_config, read_tensors
+from trimtab.compat.peft_files import CONFIG, TENSORS, factor_places, others_config, read_config, read_tensors
 from trimtab.compat.peft_prompts import PROMPTS, read_prompts
 from trimtab.compat.peft_read import Reader
 from trimtab.compat.peft_write import write
 from trimtab.core.checkpoint import FORMATS, install
 from trimtab.core.contracts import Adapter
 from trimtab.core.errors import Unsupported
+from trimtab.core.folders import steady
 
 __all__ = ["PeftFolder"]
 
@@ -52,7 +53,12 @@ class PeftFolder:
 
     @staticmethod
     def read(root: nn.Module, folder: Path, *, trainable: bool = False) -> tuple[str, list[Adapter], dict[str, Tensor]]:
-        """Name, adapters with shapes only, and their tensors; raises as ``load`` does."""
+        """Name, adapters with shapes only, and their tensors, of one and the same save; raises as ``load`` does."""
+        files = [folder, folder / CONFIG, folder / TENSORS]
+        return steady(files, lambda: PeftFolder._read(root, folder, trainable))
+
+    @staticmethod
+    def _read(root: nn.Module, folder: Path, trainable: bool) -> tuple[str, list[Adapter], dict[str, Tensor]]:
         config = read_config(folder)
         if config["peft_type"] in PROMPTS:
             return "default", *read_prompts(root, folder, config)
