@@ -193,11 +193,11 @@ def _identity(entry: registry.MethodEntry) -> bool:
 def _merges(entry: registry.MethodEntry) -> bool:
     model, x = _attached(entry, _linear)
     model.eval()
-    before, weight = model(x), model[0].weight.clone()
+    before, weight = model(x), model[0]._parameters["weight"].clone()
     merge(model, "probe")
     same = torch.allclose(model(x), before, atol=1e-4)
     unmerge(model, "probe")
-    return same and torch.equal(model[0].weight, weight)
+    return same and torch.equal(model[0]._parameters["weight"], weight)
 
 
 def _routes(entry: registry.MethodEntry) -> bool:
