@@ -167,7 +167,7 @@ def test_saving_again_is_whole_at_any_time(folder, tmp_path, monkeypatch) -> Non
         model = base("llama")
         tt.load(model, whole)
         assert any(torch.equal(outputs(model, "llama"), outputs(one, "llama")) for one in (old, new))
-    assert stop > 3 and (out / "README.md").read_text() == "mine" and [p.name for p in out.parent.iterdir()] == ["out"]
+    assert stop > 1 and (out / "README.md").read_text() == "mine" and [p.name for p in out.parent.iterdir()] == ["out"]
     model = base("llama")
     tt.load(model, out)
     assert_same(outputs(model, "llama"), outputs(new, "llama"))
