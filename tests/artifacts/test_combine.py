@@ -196,7 +196,7 @@ class Fused(torch.nn.Module):
     def forward(self, x):
         for block in self.blocks:
             q, k, v = block.attn.qkv(x).chunk(3, -1)
-            x = x + block.attn.proj(torch.tanh(q) * k + v)
+            x = x + block.attn.proj(torch.softmax(q @ k.transpose(-1, -2), -1) @ v)
         return x
 
 

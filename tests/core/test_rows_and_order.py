@@ -23,7 +23,8 @@ class Net(nn.Module):
         self.num_heads = 2
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.qkv(x)
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return torch.softmax(q @ k.transpose(-1, -2), -1) @ v
 
 
 def moved(model: nn.Module, name: str, seed: int) -> None:
@@ -96,7 +97,7 @@ def test_what_changes_a_whole_matrix_comes_before_what_changes_a_part_of_it(firs
     for order in (("rows", "columns"), ("columns", "rows")):
         tt.activate(model, *order)
         torch.testing.assert_close(tt.effective_weight(model, "attn.qkv"), expected)
-        torch.testing.assert_close(model["attn"](x), x @ expected.T + model["attn"].qkv.bias)
+        torch.testing.assert_close(model["attn"].qkv(x), x @ expected.T + model["attn"].qkv.bias)
 
 
 def test_every_place_starts_with_numbers_of_its_own_and_a_seed_gives_them_again() -> None:

@@ -99,7 +99,7 @@ def test_values_follow_the_heads_of_the_model() -> None:
     assert [p.shape for p in _parameters(gpt2)] == [(3, WIDTH)] * 4
     assert [p.shape for p in _parameters(bloom)] == [(3, WIDTH)] * 4
     assert [p.shape for p in _parameters(t5)] == [(3, WIDTH)] * 8  # encoder and decoder, self-attention
-    assert [p.shape for p in _parameters(bart, layers=[0, 3])] == [(3, WIDTH)] * 4
+    assert [p.shape for p in _parameters(bart, layers={"encoder": [0], "decoder": [1]})] == [(3, WIDTH)] * 4
     assert [p.shape for p in _parameters(vit, targets="layers.1|layer.1")] == [(3, WIDTH)] * 2
 
 

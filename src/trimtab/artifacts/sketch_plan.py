@@ -188,8 +188,8 @@ def _owners(weights: WeightNames, alike: Mapping[str, list[str]], anatomy: Anato
 def _matrices(
     source: Source, model: nn.Module, anatomy: Anatomy, names: dict[str, str], sketch: BaseSketch, targets: Targets
 ) -> dict[str, Matrix]:
-    layers = range(len(anatomy.blocks)) if targets is None and anatomy.blocks else None
-    places = select(model, targets, layers=layers, anatomy=anatomy)
+    layers = {t.path: range(len(t.blocks)) for t in anatomy.towers} if targets is None and anatomy.blocks else None
+    places = select(model, "linear" if targets is None else targets, layers=layers, anatomy=anatomy)
     odd = [place for place in places if not _is_linear(place)]
     if odd and targets is not None:
         shown = ", ".join(place.path for place in odd[:3])

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from trimtab.core.site import Rows
-from trimtab.core.structure import (
-    ATTENTION,
-    base_modules,
-    block_paths,
-    class_of,
-    container,
-    has_matrix,
-    is_matrix,
-    is_norm,
-    leaf,
-    owners,
-    qkv_role,
-    sizes,
-)
+from trimtab.core.bare import bare_matrices
+from trimtab.core.blocks import Tower, beside, block_paths, towers
+from trimtab.core.layouts import Layouts
+from trimtab.core.naming import HEAD
+from trimtab.core.roles import attention_roles, feed_forward_roles, loose_feed_forward, width_of
+from trimtab.core.structure import base_modules, has_matrix, is_matrix, is_norm, leaf, owners, sizes
 from trimtab.core.sublayers import Sublayer, sublayers
 
 __all__ = ["HEADS", "KV_HEADS", "Anatomy", "Block", "is_matrix", "of"]
@@ -30,22 +20,6 @@ __all__ = ["HEADS", "KV_HEADS", "Anatomy", "Block", "is_matrix", "of"]
 #: names of a module's attributes that count its query heads, and its key-value heads
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
 KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads")
-
-# Fused qkv projections whose rows are interleaved head by head, which neither names nor shapes tell. Key: class name of the
-# module that holds the projection; all use one layout: for each key-value head its query heads, then k, then v.
-INTERLEAVED = frozenset({"GPTNeoXAttention", "BloomAttention", "FalconAttention", "FalconFlashAttention2", "PersimmonAttention"})
-
-_GATE = re.compile(r"gate|gate_proj|wi_0|w1|linear_gate|fc_gate|w_gate|gate_linear", re.IGNORECASE)
-_GATE_UP = re.compile(r"gate_up|gate_up_proj|up_gate_proj|w12|fc1_gate", re.IGNORECASE)
-_DOWN = re.compile(r"down|down_proj|w2|wo|fc2|c_proj|fc_out|lin2|linear2|dense_4h_to_h|pwconv2|w3_down", re.IGNORECASE)
-_UP = re.compile(r"up|up_proj|w3|wi|wi_1|fc1|c_fc|fc_in|lin1|linear1|dense_h_to_4h|pwconv1", re.IGNORECASE)
-_MLP = re.compile(r"mlp|ffn|feed_forward|ff|intermediate|output|dense_relu_dense|experts?", re.IGNORECASE)
-_HEAD = re.compile(
-    r"(.*_)?head|heads|classifier|score|fc|qa_outputs|cls|logits|embed_out|output_layer|class_labels_classifier|out_head|proj_out",
-    re.IGNORECASE,
-)
-_MIXER = re.compile(r"in_proj|out_proj|x_proj|dt_proj", re.IGNORECASE)
-_ROUTER = re.compile(r"router|gate|wg", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -73,20 +47,33 @@ class Anatomy:
     Attributes:
         blocks: block paths in model order.
         roles: module path -> role.
-        parts: path of a fused projection -> part (q, k, v) -> rows of its (out, in) matrix.
-        banks: module path -> parameter -> role, for parameters that a module reads by itself.
+        parts: path of a fused projection -> part (q, k, v) -> rows of its (out, in) matrix, proven by trial when asked for.
+        banks: module path -> parameter -> role, for matrices that a module reads by itself.
         modules: module path -> module, adapters left out; a shared module once, under its first path.
         sublayers: the attentions and feed-forwards of the blocks as whole branches, in model order.
+        towers: the blocks by the part of the model that runs them.
+        main: path of the module that a multimodal model's defaults stay within, its text model; None: the whole model.
+        aside: paths within it that they leave out: the modules of other towers.
     """
 
     blocks: tuple[str, ...]
     roles: dict[str, str]
-    parts: dict[str, dict[str, Rows]]
+    parts: Layouts
     banks: dict[str, dict[str, str]]
     modules: dict[str, nn.Module] = field(repr=False)
     owner: dict[str, int] = field(repr=False, default_factory=dict)
     facts: dict[int, dict[str, Any]] = field(repr=False, default_factory=dict)
     sublayers: tuple[Sublayer, ...] = field(repr=False, default=())
+    towers: tuple[Tower, ...] = ()
+    main: str | None = None
+    aside: tuple[str, ...] = ()
+
+    def by_default(self, path: str) -> bool:
+        """Whether default targets reach ``path``: all of a model, but of a multimodal one its text model and head alone."""
+        if self.main is None or self.roles.get(path) == "head":
+            return True
+        within = not self.main or f"{path}.".startswith(f"{self.main}.")
+        return within and not any(f"{path}.".startswith(f"{away}.") for away in self.aside)
 
     def block_of(self, path: str) -> int | None:
         """Index of the block that ``path`` stands in, or None."""
@@ -101,40 +88,49 @@ class Anatomy:
         return Block(index, self.blocks[index], roles={k: tuple(v) for k, v in found.items()}, **self.facts[index])
 
     def count(self) -> dict[str, int]:
-        """Role -> number of modules, in order of first appearance."""
+        """Role -> number of modules and bare matrices, in order of first appearance."""
         counts: dict[str, int] = {}
-        for role in self.roles.values():
+        bare = [role for tensors in self.banks.values() for role in tensors.values()]
+        for role in [*self.roles.values(), *bare]:
             counts[role] = counts.get(role, 0) + 1
         return counts
 
 
 def of(model: nn.Module) -> Anatomy:
     """The anatomy of ``model``; nothing of it is kept, so that a changed model is looked at anew."""
+    from trimtab.compat.ends import output_embeddings, text_model
+
     modules = base_modules(model)
     blocks = tuple(block_paths(modules))
     owner = owners(modules, blocks)
-    roles: dict[str, str] = {}
-    heads = _heads(modules, blocks, owner)
-    for path, module in modules.items():
-        role = _plain_role(path, module, blocks, heads)
-        if role:
-            roles[path] = role
-    facts = {}
+    heads = _heads(modules, blocks, owner, output_embeddings(modules))
+    roles = {p: role for p, m in modules.items() if (role := _plain_role(p, m, blocks, heads))}
+    facts: dict[int, dict[str, Any]] = {}
+    members: dict[int | None, list[str]] = {}
+    for path in modules:
+        members.setdefault(owner.get(path), []).append(path)
     for index, block in enumerate(blocks):
-        inside = [p for p in modules if owner.get(p) == index]
-        width = _width(modules, inside)
-        attention = _attention_roles(block, inside, modules, width)
-        roles.update({p: r for p, r in attention.items() if p not in heads})
-        rest = [p for p in inside if p not in attention and is_matrix(modules[p])]
-        roles.update(_feed_forward_roles(block, rest, modules, width))
+        inside = members[index]
+        attention = attention_roles(block, inside, modules)
+        rest = [p for p in inside if p not in attention and is_matrix(modules[p]) and p not in heads]
+        found = attention | feed_forward_roles(block, rest, modules, None)
+        width = width_of(block, inside, modules, found)
+        found = attention | feed_forward_roles(block, rest, modules, width)
+        roles.update({p: r for p, r in found.items() if p not in heads})
         facts[index] = {"width": width, **_head_facts(attention, modules, model)}
-    outside = [p for p in modules if p not in owner]
-    loose = _attention_roles("", outside, modules, None)
+    around = {".".join(b.split(".")[:depth]) for b in blocks for depth in range(b.count(".") + 1)}
+    outside = {p: modules[p] for p in members.get(None, ()) if p not in around}
+    loose = attention_roles("", list(outside), modules, outside)
+    loose |= loose_feed_forward([p for p in outside if p not in loose and is_matrix(modules[p])], modules)
     roles.update({p: r for p, r in loose.items() if p not in heads})
-    parts = {p: found for p, r in roles.items() if r == "attn.qkv" and (found := _parts(p, roles, modules, model))}
     ordered = {p: roles[p] for p in modules if p in roles}
-    banks = _banks(modules)
-    return Anatomy(blocks, ordered, parts, banks, modules, owner, facts, sublayers(blocks, modules, owner, ordered, banks))
+    banks = bare_matrices(modules, blocks, owner, {i: f["width"] for i, f in facts.items()})
+    branches = sublayers(blocks, modules, owner, ordered, banks)
+    parts = Layouts(model, modules, ordered)
+    found_towers = towers(blocks)
+    main = text_model(model, modules) if len(found_towers) > 1 else None
+    aside = () if main is None else beside(main, blocks, found_towers)
+    return Anatomy(blocks, ordered, parts, banks, modules, owner, facts, branches, found_towers, main if aside else None, aside)
 
 
 # -- roles
@@ -155,88 +151,15 @@ def _plain_role(path: str, module: nn.Module, blocks: tuple[str, ...], heads: se
     return "linear" if is_matrix(module) else None
 
 
-def _heads(modules: dict[str, nn.Module], blocks: tuple[str, ...], owner: dict[str, int]) -> set[str]:
-    """Paths of the head: a so named child of the root outside the blocks, with all that is below it."""
-    found: set[str] = set()
+def _heads(modules: dict[str, nn.Module], blocks: tuple[str, ...], owner: dict[str, int], outputs: set[str]) -> set[str]:
+    """Paths of the head: output embeddings, and a so named child of the root outside the blocks, with all that is below it."""
+    found = {p for p in outputs if is_matrix(modules[p]) and p not in owner}
     for path, module in modules.items():
         if not path or path in owner or any(b.startswith(f"{path}.") for b in blocks):
             continue
-        if _HEAD.fullmatch(leaf(path)) and path.count(".") == 0 and has_matrix(module):
+        if HEAD.fullmatch(leaf(path)) and path.count(".") == 0 and has_matrix(module):
             found |= {p for p in modules if p == path or (p.startswith(f"{path}.") and is_matrix(modules[p]))}
     return found
-
-
-def _width(modules: dict[str, nn.Module], inside: list[str]) -> int | None:
-    """Width of a block: its norms' size, else the most common input size."""
-    for path in inside:
-        weight = getattr(modules[path], "weight", None)
-        if is_norm(path, modules[path]) and weight is not None and weight.dim() == 1 and not ATTENTION.search(leaf(path)):
-            if not any(qkv_role(f"{path.rpartition('.')[0]}.{n}", c) for n, c in modules[path.rpartition(".")[0]]._modules.items()):
-                return weight.shape[0]
-    inputs = [sizes(modules[p])[1] for p in inside if is_matrix(modules[p])]
-    return max(set(inputs), key=inputs.count) if inputs else None
-
-
-def _attention_roles(block: str, inside: list[str], modules: dict[str, nn.Module], width: int | None) -> dict[str, str]:
-    """attn.* roles: q, k, v by name; what else stands under the same attention module and gives the width is attn.o."""
-    roles: dict[str, str] = {}
-    containers: list[str] = []
-    for path in inside:
-        module = modules[path]
-        role = qkv_role(path, module)
-        if isinstance(module, nn.MultiheadAttention):
-            roles[path], roles[f"{path}.out_proj"] = "attn.qkv", "attn.o"
-        elif role and _plausible(role, module, path, inside, modules):
-            roles[path] = role
-            containers.append(container(path, block))
-    for home in filter(None, dict.fromkeys(containers)):  # bare q, k, v of the root: nothing says what is o
-        others = [p for p in inside if p.startswith(f"{home}.") and is_matrix(modules[p]) and p not in roles]
-        given = width or next(sizes(modules[p])[1] for p in roles if p.startswith(f"{home}."))
-        outputs = [p for p in others if sizes(modules[p])[0] == given and _under_attention(p, home, roles)]
-        if outputs:
-            roles[outputs[-1]] = "attn.o"
-    return roles
-
-
-def _plausible(role: str, module: nn.Module, path: str, inside: list[str], modules: dict[str, nn.Module]) -> bool:
-    """A lone ``q`` or ``in_proj`` is attention only with its partners: k and v beside it, or three matrices' rows."""
-    if role == "attn.qkv":
-        out, fan_in = sizes(module)
-        return bool(ATTENTION.search(path)) or out == 3 * fan_in
-    parent = path.rpartition(".")[0]
-    siblings = {qkv_role(p, modules[p]) for p in inside if p.rpartition(".")[0] == parent}
-    return len(siblings - {None}) >= 2 or bool(ATTENTION.search(parent))
-
-
-def _under_attention(path: str, container: str, roles: dict[str, str]) -> bool:
-    """Whether ``path`` may be the output projection: not named as a feed-forward within the container."""
-    inner = path.removeprefix(f"{container}.")
-    return not any(re.fullmatch(r"mlp|ffn|feed_forward|intermediate", name) for name in inner.split("."))
-
-
-def _feed_forward_roles(block: str, paths: list[str], modules: dict[str, nn.Module], width: int | None) -> dict[str, str]:
-    """mlp.* roles by shape (wider than the block, back to it), gates and square matrices by name."""
-    roles: dict[str, str] = {}
-    for path in paths:
-        module, name = modules[path], leaf(path)
-        out, fan_in = sizes(module)
-        parent = modules[path.rpartition(".")[0]]
-        siblings = {n for n in parent._modules}
-        if out == 1 or (_ROUTER.fullmatch(name) and ("experts" in siblings or name.lower() == "router")):
-            roles[path] = "router"
-        elif _MIXER.fullmatch(name):
-            continue  # a state-space mixer's projections widen and narrow as a feed-forward's do
-        elif _GATE_UP.fullmatch(name):
-            roles[path] = "mlp.gate_up"
-        elif _DOWN.fullmatch(name) or (width and out == width and fan_in > width):
-            roles[path] = "mlp.down"
-        elif _GATE.fullmatch(name) and (name.lower() != "w1" or "w3" in siblings):
-            roles[path] = "mlp.gate"
-        elif _UP.fullmatch(name) or (width and fan_in == width and out > width):
-            roles[path] = "mlp.up"
-        elif _MLP.search(path[len(block) :]):
-            roles[path] = "mlp.up" if "mlp.up" not in roles.values() else "mlp.down"
-    return roles
 
 
 # -- facts of attention
@@ -244,8 +167,13 @@ def _feed_forward_roles(block: str, paths: list[str], modules: dict[str, nn.Modu
 
 def _attribute(names: tuple[str, ...], *owners: Any) -> int | None:
     for owner in owners:
+        aliases = getattr(type(owner), "attribute_map", {})
         for name in names:
-            value = getattr(owner, name, None)
+            # a config may refuse to be asked for a number that differs by layer: what it stores is read, not its properties
+            if isinstance(owner, nn.Module):
+                value = getattr(owner, name, None)
+            else:
+                value = None if owner is None else vars(owner).get(aliases.get(name, name))
             if isinstance(value, int) and not isinstance(value, bool):
                 return value
     return None
@@ -268,48 +196,3 @@ def _head_facts(attention: dict[str, str], modules: dict[str, nn.Module], model:
         total = q[0] if q else o[1] if o else None
         size = total // heads if total else None
     return {"heads": heads, "kv_heads": kv, "head_size": size}
-
-
-def _parts(path: str, roles: dict[str, str], modules: dict[str, nn.Module], model: nn.Module) -> dict[str, Rows] | None:
-    """Rows of q, k and v in a fused projection."""
-    module = modules[path]
-    if isinstance(module, nn.MultiheadAttention):
-        if module.in_proj_weight is None:
-            return None
-        width = module.embed_dim
-        return {part: Rows(i * width, width) for i, part in enumerate("qkv")}
-    out, fan_in = sizes(module)
-    holder = path.rpartition(".")[0]
-    o = next((p for p, r in roles.items() if r == "attn.o" and p.startswith(container(path, ""))), None)
-    o = o or next((p for p, r in roles.items() if r == "attn.o" and p.rpartition(".")[0] == holder), None)
-    q = sizes(modules[o])[1] if o and is_matrix(modules[o]) else out // 3
-    kv, rest = divmod(out - q, 2)
-    if rest or kv <= 0 or kv > q:
-        return None
-    if class_of(modules[holder]).__name__ not in INTERLEAVED:
-        return {"q": Rows(0, q), "k": Rows(q, kv), "v": Rows(q + kv, kv)}
-    facts = _head_facts({path: "attn.qkv"} | ({o: "attn.o"} if o else {}), modules, model)
-    size = q // facts["heads"]
-    groups = kv // size
-    queries = facts["heads"] // groups * size
-    stride = queries + 2 * size
-    return {
-        "q": Rows(0, queries, groups, stride),
-        "k": Rows(queries, size, groups, stride),
-        "v": Rows(queries + size, size, groups, stride),
-    }
-
-
-def _banks(modules: dict[str, nn.Module]) -> dict[str, dict[str, str]]:
-    """3-d parameters outside convolutions: (experts, out, in) banks, by role."""
-    found: dict[str, dict[str, str]] = {}
-    for path, module in modules.items():
-        if isinstance(module, nn.modules.conv._ConvNd) or is_norm(path, module):
-            continue
-        for name, value in module._parameters.items():
-            if value is not None and value.dim() == 3 and value.shape[0] > 1 and min(value.shape[1:]) > 1:
-                role = "mlp.gate_up" if _GATE_UP.fullmatch(name) else "mlp.down" if _DOWN.fullmatch(name) else None
-                role = role or ("mlp.gate" if _GATE.fullmatch(name) else "mlp.up" if _UP.fullmatch(name) else None)
-                if role:
-                    found.setdefault(path, {})[name] = role
-    return found

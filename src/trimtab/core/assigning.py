@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from trimtab.core.contracts import ActivationAdapter, Adapter, MethodConfig, Sel
 from trimtab.core.errors import NoMatch, ShapeMismatch, TooSmall, TrimtabError, Unsupported, raise_all
 from trimtab.core.excluding import Exclusion
 from trimtab.core.kinds import site_for
+from trimtab.core.layers import Layers
 from trimtab.core.places import sites_of
 from trimtab.core.selection import GROUPS, Place, Targets, clauses_of, select
 from trimtab.core.site import Cohort, Site
@@ -55,7 +56,7 @@ def plan(
     method: MethodConfig,
     *,
     targets: Targets = None,
-    layers: Sequence[int] | None = None,
+    layers: Layers = None,
     exclude: str | Iterable[str] | None = None,
     overrides: Mapping[str, MethodConfig] | None = None,
 ) -> Plan:
@@ -66,11 +67,11 @@ def plan(
     """
     anatomy = anatomy_module.of(root)
     out = Exclusion(exclude, lambda clause: _select(root, method, clause, None, anatomy, excluding=True))
-    places = _select(root, method, targets, layers, anatomy, out=out)
-    problems: list[TrimtabError] = []
-    configs, places = _overridden(root, method, places, overrides or {}, targets, layers, anatomy, problems)
-    found: dict[tuple[str, str], Assignment] = {}
     notes: list[str] = []
+    places = _select(root, method, targets, layers, anatomy, out=out, notes=notes)
+    problems: list[TrimtabError] = []
+    configs, places = _overridden(root, method, places, overrides or {}, targets, anatomy, problems)
+    found: dict[tuple[str, str], Assignment] = {}
     for config, place in zip(configs, places, strict=True):
         cls = type(config).adapter_class
         try:
@@ -89,7 +90,7 @@ def plan(
         except TrimtabError as error:
             problems.append(error)
     if targets is None:
-        notes += _absent(root, method, layers, anatomy)
+        notes += _absent(root, method, anatomy)
     problems += out.unused(len(found))
     raise_all(problems)
     _follow_ties(root, anatomy, found)
@@ -119,15 +120,17 @@ def default_places(method: MethodConfig, anatomy: Anatomy) -> str:
     return "linear | conv" if inside[1] and not inside[0] else default
 
 
-def _absent(root: nn.Module, method: MethodConfig, layers: Sequence[int] | None, anatomy: Anatomy) -> list[str]:
+def _absent(root: nn.Module, method: MethodConfig, anatomy: Anatomy) -> list[str]:
     """A sentence for each clause of the method's default that matches nothing in this model."""
     default = default_places(method, anatomy)
     found = []
     for clause in clauses_of(default, "") if "|" in default else ():
         try:
-            _select(root, method, clause, layers, anatomy, excluding=True)
+            _select(root, method, clause, None, anatomy, excluding=True)
         except NoMatch:
             found.append(f"the default {default!r} finds no {clause!r} here")
+        except Unsupported:  # rows that no trial told: the search for the places has noted it
+            continue
     return found
 
 
@@ -142,7 +145,6 @@ def _overridden(
     places: list[Place],
     overrides: Mapping[str, MethodConfig],
     targets: Targets,
-    layers: Sequence[int] | None,
     anatomy: Anatomy,
     problems: list[TrimtabError],
 ) -> tuple[list[MethodConfig], list[Place]]:
@@ -152,7 +154,7 @@ def _overridden(
     where = {place.key: index for index, place in enumerate(places)}
     for clause, config in overrides.items():
         try:
-            chosen = _select(root, config, clause, layers, anatomy)
+            chosen = _select(root, config, clause, None, anatomy)  # the targets are within the layers already
         except TrimtabError as error:
             problems.append(error)
             continue
@@ -194,11 +196,12 @@ def _select(
     root: nn.Module,
     method: MethodConfig,
     targets: Targets,
-    layers: Sequence[int] | None,
+    layers: Layers,
     anatomy: Any,
     *,
     out: Exclusion | None = None,
     excluding: bool = False,
+    notes: list[str] | None = None,
 ) -> list[Place]:
     """The places of a method; ``excluding``: of a clause that takes places away, for which no place needs to fit it."""
     cls = type(method).adapter_class
@@ -217,7 +220,7 @@ def _select(
         reads = "input"
     found = select(
         root, targets, layers=layers, anatomy=anatomy, default=default, leaves=leaves, containers=containers, reads=reads,
-        wanted=wanted,
+        wanted=wanted, notes=notes,
     )  # fmt: skip
     if excluding:
         return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from trimtab.core.bank import build_adapter
 from trimtab.core.contracts import Adapter, MethodConfig, TokenAdapter
 from trimtab.core.errors import NoMatch, Unsupported, raise_all
 from trimtab.core.guard import watch
+from trimtab.core.layers import Layers
 from trimtab.core.mounting import feed, mount, serve
 from trimtab.core.removal import detach, remove_adapters, remove_group
 from trimtab.core.selection import Targets
@@ -30,7 +31,7 @@ def attach(
     method: MethodConfig,
     *,
     targets: Targets = None,
-    layers: Sequence[int] | None = None,
+    layers: Layers = None,
     exclude: str | Iterable[str] | None = None,
     overrides: Mapping[str, MethodConfig] | None = None,
     head: bool | str | Iterable[str] | None = None,
@@ -52,7 +53,8 @@ def attach(
         targets: where to act: a role expression, regex, name, suffix, list of those, callable, or None for the
             method's own default, of which a place that is too small for the method, or of a kind that it does not act on, is
             left out with a line in the table. Every clause must match.
-        layers: block indices to stay within.
+        layers: block indices to stay within, counted in the one tower of blocks that the targets stand in; or tower -> indices,
+            as ``{"decoder": [0, 1]}``, for a model with several (encoder and decoder, vision tower and language model).
         exclude: clauses, as in ``targets``, whose places are left out, a module with all that is below it; each must take away
             something.
         overrides: clause -> config for some of the targeted places; every clause must match among them.

@@ -113,9 +113,7 @@ def _noted(seen: Tensor | None, run_alone: Callable[[], Any], *, before: bool = 
     return Beside(dict(recorder.found), seen, before)
 
 
-def _with_cache(
-    host: Host, acting: Acting, x: Tensor, args: tuple, kwargs: dict, make: Callable[[], Beside]
-) -> tuple[Beside, Any]:
+def _with_cache(host: Host, acting: Acting, x: Tensor, args: tuple, kwargs: dict, make: Callable[[], Beside]) -> tuple[Beside, Any]:
     """The keys and values of learned tokens, and the cache of the call.
 
     They are kept with the cache, so that the tokens that follow need no run of the learned ones.

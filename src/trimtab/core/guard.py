@@ -97,9 +97,7 @@ def _release() -> None:
         _HOOK = None
 
 
-def check_gradients(
-    model: nn.Module, *, held: set[int] | None = None, received: Collection[int] = frozenset()
-) -> None:
+def check_gradients(model: nn.Module, *, held: set[int] | None = None, received: Collection[int] = frozenset()) -> None:
     """Confirm that the trainable adapters that act, and nothing else of ``model``, have gradients now.
 
     Args:

@@ -180,6 +180,23 @@ class TransposedBareSite(BareSite):
     transposed = True
 
 
+class FoldedBareSite(BareSite):
+    """A bare projection that keeps its heads apart, ``(width, heads, size)`` or ``(heads, size, width)``, as a matrix."""
+
+    @property
+    def turned(self) -> bool:
+        """Whether the folded matrix is ``(in, out)``: the width is the input's, but of an output projection."""
+        first = self.parameter().shape[0] == max(self.parameter().shape)
+        return first == (self.role != "attn.o")
+
+    def matrix(self, stored: Tensor) -> Tensor:
+        folded = stored.flatten(1) if stored.shape[0] == max(stored.shape) else stored.flatten(0, 1)
+        return folded.t() if self.turned else folded
+
+    def unmatrix(self, weight: Tensor) -> Tensor:
+        return (weight.t() if self.turned else weight).reshape(self.parameter().shape)
+
+
 class KernelSite(BareSite):
     """A kernel whose module's forward is not the known one, or any parameter of more than three axes: ``(out, in * kernel)``."""
 
@@ -334,6 +351,9 @@ def site_for(place: Place, tensor: str) -> Site:
     module = place.module
     cls = linear_forward_kind(module, tensor)
     stored = module._parameters[tensor]
+    heads_apart = cls is BareSite and stored.dim() == 3 and (place.role or "").startswith("attn.")
+    if heads_apart and max(stored.shape) in (stored.shape[0], stored.shape[-1]):
+        cls = FoldedBareSite
     dtype = stored.dtype if stored.is_floating_point() else torch.get_default_dtype()
     site = cls(
         module=module,

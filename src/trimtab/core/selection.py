@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
 from trimtab.core import anatomy as anatomy_module
 from trimtab.core.anatomy import Anatomy, is_matrix
 from trimtab.core.errors import NoMatch, TrimtabError, Unsupported, nearest, raise_all
+from trimtab.core.layers import Layers, chosen_blocks
 from trimtab.core.site import Rows
 from trimtab.core.sublayers import SUBLAYERS, Sublayer
 
 __all__ = ["GROUPS", "ROLES", "SUBLAYERS", "Place", "clauses_of", "describe", "select"]
 
 ROLES = (
-    "attn.q", "attn.k", "attn.v", "attn.o", "attn.qkv", "attn.kv", "mlp.gate", "mlp.up", "mlp.gate_up", "mlp.down",
-    "norm", "embedding", "head", "block", "conv", "router",
+    "attn.q", "attn.k", "attn.v", "attn.o", "attn.qkv", "attn.kv", "attn.qk", "attn.q_a", "attn.kv_a", "attn.o_a", "attn.pos",
+    "attn.gate", "attn.other", "mlp.gate", "mlp.up", "mlp.gate_up", "mlp.down", "mlp.other", "norm", "embedding", "head", "block",
+    "conv", "router", "indexer",
 )  # fmt: skip
+#: role -> part of a fused projection that it means, too
+_PARTS = {"attn.q": "q", "attn.k": "k", "attn.v": "v"}
 _MATRIX = ("attn.", "mlp.", "linear")
 #: group -> test of a role
 GROUPS: dict[str, Callable[[str], bool]] = {
@@ -71,13 +75,14 @@ def select(
     model: nn.Module,
     targets: Targets,
     *,
-    layers: Sequence[int] | None = None,
+    layers: Layers = None,
     anatomy: Anatomy | None = None,
     default: str = "linear",
     leaves: Callable[[nn.Module], bool] | None = None,
     containers: bool = False,
     reads: str | None = None,
     wanted: str = "",
+    notes: list[str] | None = None,
 ) -> list[Place]:
     """The places that ``targets`` means, in model order, each once.
 
@@ -88,22 +93,42 @@ def select(
     Args:
         targets: clauses joined by ``|``, a list of them, a callable ``(path, module) -> bool``, or None for ``default``, of which
             one clause must match.
-        layers: block indices to stay within.
+        layers: block indices to stay within, counted in the tower (encoder, decoder, vision tower) that the targets stand in, or
+            ``{"decoder": [0, 1]}``: a tower's path, or parts of it -> indices.
         leaves: what counts as a place; None: modules with a matrix, packed projections, expert banks.
         containers: take a matched module itself, even if it is no leaf.
         reads: for methods on activations, which parts of a branch they see: ``"output"``, ``"input"`` or ``"residual"``. The
             clauses ``attn``, ``cross`` and ``mlp`` then mean whole attentions and feed-forwards, one place each.
         wanted: what a place must have, as a message says it, where ``leaves`` looks for it.
+        notes: gets a sentence for whatever the default left out.
 
     Raises:
-        NoMatch: clauses that match nothing, all together; or no clause at all.
-        Unsupported: a fused matrix is selected both whole and in part; or what ``reads`` asks for is not known there.
+        NoMatch: clauses that match nothing, all together; no clause at all; or ``layers`` that do not say which tower they count.
+        Unsupported: a fused matrix is selected both whole and in part, or in parts that are not known; or what ``reads`` asks for
+            is not known there.
     """
     anatomy = anatomy or anatomy_module.of(model)
+    allowed = chosen_blocks(anatomy, layers, lambda: _found(anatomy, targets, default, leaves, containers, None, reads, wanted, []))
+    notes = [] if notes is None else notes
+    found = _found(anatomy, targets, default, leaves, containers, allowed, reads, wanted, notes)
+    order = {path: index for index, path in enumerate(anatomy.modules)}
+    return sorted(found, key=lambda place: (order[place.path], place.tensor or "", place.rows.start if place.rows else 0))
+
+
+def _found(
+    anatomy: Anatomy,
+    targets: Targets,
+    default: str,
+    leaves: Callable[[nn.Module], bool] | None,
+    containers: bool,
+    allowed: set[int] | None,
+    reads: str | None,
+    wanted: str,
+    notes: list[str],
+) -> list[Place]:
+    """The places, in no order."""
     problems: list[TrimtabError] = []
-    allowed = _layers(anatomy, layers, problems)
-    raise_all(problems)
-    search = _Search(anatomy, leaves, containers, allowed, reads, wanted)
+    search = _Search(anatomy, leaves, containers, allowed, reads, wanted, targets is None)
     value = default if targets is None else targets
     found: dict[tuple, Place] = {}
     if callable(value):
@@ -113,42 +138,29 @@ def select(
         found = {place.key: replace(place, clause="the callable") for place in hits}
     else:
         for clause in clauses_of(value, f"leave targets out for the method's own default, {default!r}, or name places"):
+            before = len(search.unknown)
             hits = search.clause(clause)
-            if not hits:
+            if not hits and (len(search.unknown) == before or targets is None):
                 problems.append(NoMatch(search.explain(clause)))
             name = None if targets is None else clause
             found.update({place.key: replace(place, clause=name) for place in hits if place.key not in found})
         if targets is None and found:
             problems.clear()  # a default means what there is of it
+    unknown = list(dict.fromkeys(search.unknown))
+    if targets is None:
+        notes += [*search.left_out(), *([f"left out: {unknown[0]}"] if unknown else [])]
+    else:
+        problems += [Unsupported(reason) for reason in unknown[:3]]
     if reads is not None:
         found = _as_modules(search, found, problems)
     _collisions(found, problems)
     raise_all(problems)
-    order = {path: index for index, path in enumerate(anatomy.modules)}
-    return sorted(found.values(), key=lambda place: (order[place.path], place.tensor or "", place.rows.start if place.rows else 0))
+    return list(found.values())
 
 
 def describe(anatomy: Anatomy) -> str:
     """What exists, grouped and counted: ``attn.q x 12, norm x 25``."""
     return ", ".join(f"{role} x {count}" for role, count in anatomy.count().items())
-
-
-def _layers(anatomy: Anatomy, layers: Sequence[int] | None, problems: list[TrimtabError]) -> set[int] | None:
-    if layers is None:
-        return None
-    many = isinstance(layers, Iterable) and not isinstance(layers, str | bytes)
-    given = list(layers) if many else [layers]
-    if any(isinstance(i, bool) or not isinstance(i, int) for i in given):
-        problems.append(NoMatch(f"layers are numbers of blocks, as in layers=[0, 1], found {layers!r}"))
-        return None
-    wanted = set(given)
-    bad = sorted(i for i in wanted if not 0 <= i < len(anatomy.blocks))
-    if bad or not wanted:
-        valid = f"0 to {len(anatomy.blocks) - 1}" if anatomy.blocks else "none: no repeated blocks were found"
-        problems.append(
-            NoMatch(f"layers={sorted(wanted)} names blocks that do not exist ({bad or 'no index given'}); valid: {valid}")
-        )
-    return wanted
 
 
 def clauses_of(value: str | Iterable[str], advice: str) -> list[str]:
@@ -188,10 +200,26 @@ class _Search:
     allowed: set[int] | None
     reads: str | None = None
     wanted: str = ""
+    #: whether a method's default is searched, which in a multimodal model stays within the text model
+    default: bool = False
+    #: why parts of fused projections that were asked for are not known
+    unknown: list[str] = field(default_factory=list)
 
     def inside(self, path: str) -> bool:
-        """Whether the layers' restriction lets ``path`` through."""
-        return self.allowed is None or self.anatomy.block_of(path) in self.allowed
+        """Whether the layers' restriction, and a default's to the text model, let ``path`` through."""
+        if self.allowed is not None and self.anatomy.block_of(path) not in self.allowed:
+            return False
+        return not self.default or self.anatomy.by_default(path)
+
+    def left_out(self) -> list[str]:
+        """What a default leaves out of a multimodal model."""
+        anatomy = self.anatomy
+        away = [t for t in anatomy.towers if not anatomy.by_default(anatomy.blocks[t.blocks[0]])]
+        told = ", ".join(f"{t.path} ({len(t.blocks)} blocks)" for t in away)
+        what = anatomy.main or "this model's own blocks"
+        return (
+            [f"by default only the text model, {what}; left out: {told} and what joins them; targets= reaches all"] if away else []
+        )
 
     def clause(self, clause: str) -> list[Place]:
         """All places that one clause means."""
@@ -240,32 +268,52 @@ class _Search:
         test = GROUPS.get(clause, lambda role: role == clause)
         places: list[Place] = []
         for path, role in self.anatomy.roles.items():
-            parts = self.anatomy.parts.get(path, {})
-            part = clause.removeprefix("attn.")
             if not self.inside(path):
                 continue
             if self.reads is not None and clause == "attn.qkv" and isinstance(self.anatomy.modules[path], nn.MultiheadAttention):
                 raise Unsupported(f"{path} packs its projections, whose output nothing shows; target the attention, 'attn'")
             if test(role):
                 places += self.at(path, role=role)
-            elif part in parts and clause.startswith("attn."):
-                places += [replace(whole, part=part, rows=parts[part], role=clause) for whole in self.at(path)]
+            elif clause in _PARTS and self.anatomy.parts.fused(path):
+                places += self.part(path, clause)
         for path, tensors in self.anatomy.banks.items():
             if self.leaves is None and self.inside(path):
                 places += [self.place(path, tensor=tensor, role=role) for tensor, role in tensors.items() if test(role)]
         return places
+
+    def part(self, path: str, clause: str) -> list[Place]:
+        """Rows of a fused projection; where they are not known, the reason is noted."""
+        part, parts, whole = _PARTS[clause], self.anatomy.parts, self.anatomy.roles[path]
+        if part == "q" and whole == "attn.kv":
+            return []
+        known = parts.get(path)
+        if known is None and not self.apart(path):
+            self.unknown.append(
+                f"{clause} would be rows of the fused projection {path}, and which rows is not known ({parts.reason(path)}); "
+                f"target the whole of it, {whole!r}, or name the modules that you mean"
+            )
+        if known is None or part not in known:
+            return []
+        return [replace(place, part=part, rows=known[part], role=clause) for place in self.at(path)]
+
+    def apart(self, path: str) -> bool:
+        """Whether an nn.MultiheadAttention keeps q, k and v as three parameters."""
+        module = self.anatomy.modules[path]
+        return isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is None
 
     def at(self, path: str, *, role: str | None = None) -> list[Place]:
         """The place at ``path``, or the places below it if it is no place itself."""
         module = self.anatomy.modules[path]
         if self.containers or self._leaf(module):
             return [self.place(path, role=role)] if self.inside(path) else []
-        banks = self.anatomy.banks.get(path, {}) if self.leaves is None else {}
-        if banks:
-            return [self.place(path, tensor=tensor, role=name) for tensor, name in banks.items()] if self.inside(path) else []
-        below = [p for p in self.anatomy.modules if p.startswith(f"{path}.") and (self._leaf(self.anatomy.modules[p]))]
-        # what a packed projection holds below it is reached by its own path
-        return [self.place(p) for p in below if self.inside(p)]
+        below = [p for p in self.anatomy.modules if p == path or p.startswith(f"{path}.")]
+        found: list[Place] = []
+        for p in filter(self.inside, below):
+            banks = self.anatomy.banks.get(p, {}) if self.leaves is None else {}
+            found += [self.place(p, tensor=tensor, role=name) for tensor, name in banks.items()]
+            if p != path and self._leaf(self.anatomy.modules[p]):
+                found.append(self.place(p))  # what a packed projection holds below it is reached by its own path
+        return found
 
     def place(self, path: str, *, tensor: str | None = None, role: str | None = None) -> Place:
         module = self.anatomy.modules[path]

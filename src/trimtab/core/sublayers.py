@@ -95,7 +95,7 @@ def _attention_groups(block: str, inside: list[str], modules: dict[str, nn.Modul
     groups: dict[str, list[str]] = {}
     for path in found:
         if roles[path] != "attn.o":
-            home = path if isinstance(modules[path], nn.MultiheadAttention) else container(path, block)
+            home = path if isinstance(modules[path], nn.MultiheadAttention) else container(path, block, modules)
             groups.setdefault(home, []).append(path)
     for path in found:
         if roles[path] == "attn.o":  # may stand in a module of its own below its attention

@@ -105,13 +105,14 @@ def _wanted(kind: str) -> str:
 
 
 def _attentions(anatomy: Anatomy, index: int) -> Iterator[dict[str, str]]:
-    """role -> path of every attention of a block."""
+    """role -> path of every attention of a block; of a role that occurs twice in one, ``role`` and ``role twice``."""
     block = anatomy.block(index)
     containers: dict[str, dict[str, str]] = {}
     for role, paths in block.roles.items():
         for path in paths if role.startswith("attn.") else ():
             packed = isinstance(anatomy.modules[path], nn.MultiheadAttention)
-            containers.setdefault(path if packed else container(path, block.path), {})[role] = path
+            found = containers.setdefault(path if packed else container(path, block.path, anatomy.modules), {})
+            found[f"{role} twice" if role in found else role] = path
     yield from containers.values()
 
 
@@ -123,7 +124,7 @@ def _heads(anatomy: Anatomy, index: int, roles: dict[str, str]) -> Units:
         raise Unsupported(f"{roles['attn.qkv']} is an nn.MultiheadAttention, whose heads must fill its width; it cannot be cut")
     parts = anatomy.parts.get(roles.get("attn.qkv", ""), {})
     whole = {"attn.q", "attn.k", "attn.v"} <= set(roles) or len(parts) == 3
-    if o is None or not whole or not (heads and kv and size):
+    if o is None or not whole or not (heads and kv and size) or any(role.endswith(" twice") for role in roles):
         raise Unsupported(
             f"the attention of {block.path} cannot be cut by heads: it has {', '.join(sorted(roles))}, with {heads} heads of size "
             f"{size}; q, k, v (or a fused projection of known layout), o and the number of heads are needed"
@@ -143,8 +144,9 @@ def _heads(anatomy: Anatomy, index: int, roles: dict[str, str]) -> Units:
         wanted = {roles["attn.q"]: (heads * size, None)} | {roles[r]: (kv * size, None) for r in ("attn.k", "attn.v")}
     members.append(Member(o, "in", whole_q))
     _check_sizes(anatomy, wanted | {o: (None, heads * size)}, f"{heads} heads ({kv} of keys and values) of size {size}")
-    holders = {p: anatomy.modules[p] for p in (*(m.path.rpartition(".")[0] for m in members), container(o, block.path))}
-    _check_strangers(anatomy, block.path, container(o, block.path), members, {heads, heads * size} - {size, block.width, 1})
+    home = container(o, block.path, anatomy.modules)
+    holders = {p: anatomy.modules[p] for p in (*(m.path.rpartition(".")[0] for m in members), home)}
+    _check_strangers(anatomy, block.path, home, members, {heads, heads * size} - {size, block.width, 1})
     numbers = list(_head_numbers(holders, block.width, heads, kv, size, units))
     return Units("heads", index, o, units, queries, tuple(members), tuple(numbers))
 
@@ -188,7 +190,9 @@ def _check_strangers(anatomy: Anatomy, block: str, home: str, members: list[Memb
 
 
 def _role(anatomy: Anatomy, path: str) -> bool:
-    return anatomy.roles.get(path, "").startswith(("attn.", "mlp."))
+    """Whether ``path`` is of another attention or feed-forward, which is cut by itself; gates and positions are of this one."""
+    role = anatomy.roles.get(path, "")
+    return role.startswith(("attn.", "mlp.")) and role not in ("attn.gate", "attn.pos", "attn.other")
 
 
 def _inner(anatomy: Anatomy, members: list[Member]) -> set[int]:
