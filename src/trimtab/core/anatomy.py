@@ -245,7 +245,10 @@ def _feed_forward_roles(block: str, paths: list[str], modules: dict[str, nn.Modu
 def _attribute(names: tuple[str, ...], *owners: Any) -> int | None:
     for owner in owners:
         for name in names:
-            value = getattr(owner, name, None)
+            try:
+                value = getattr(owner, name, None)
+            except RuntimeError:  # the config of a model whose layers differ has no one number for all, and says so
+                continue
             if isinstance(value, int) and not isinstance(value, bool):
                 return value
     return None
