@@ -194,3 +194,28 @@ def test_a_model_without_weights_is_tried_when_it_has_some() -> None:
             model.get_buffer(name).copy_(buffer)
     model(input_ids=ids() % 32)
     assert body.manner == "beside"
+
+
+@pytest.mark.parametrize("kind", ["openai-gpt", "jamba"])
+def test_fresh_tokens_that_no_block_takes_are_refused_at_once(kind: str) -> None:
+    """VPT in blocks that know nothing of a longer sequence: a mask of the text's length, in a written-out attention or a mixer."""
+    model = model_of(kind)
+    before = list(model.state_dict())
+    with pytest.raises(tt.Unsupported, match="the model fails with it"):
+        tt.attach(model, tt.VPT(tokens=P))
+    assert list(model.state_dict()) == before
+
+
+def test_a_prompt_of_an_encoder_does_not_go_on_from_a_cache() -> None:
+    """BERT as a language model, not as a decoder: its tokens look at later ones, so that a cache would hold the prompt twice."""
+    from transformers import BertLMHeadModel
+
+    from token_models import bert
+
+    torch.manual_seed(0)
+    model = BertLMHeadModel(bert().config).eval()
+    prompted(model)
+    more = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
+    assert model.generate(ids() % 32, use_cache=False, **more).shape == (2, T + 2)
+    with pytest.raises(tt.Unsupported, match="use_cache=False"):
+        model.generate(ids() % 32, use_cache=True, **more)

@@ -11,9 +11,11 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+from torch import nn
+
 from trimtab.core.errors import Unsupported
 
-__all__ = ["hold", "held", "opened", "state_of", "static", "used"]
+__all__ = ["begun_at", "hold", "held", "opened", "state_of", "static", "used"]
 
 #: names of the argument (and of the output's field) that holds a state
 _NAMES = ("past_key_values", "cache_params", "layer_past", "past_key_value", "state")
@@ -44,6 +46,15 @@ def used(state: Any) -> bool:
     if isinstance(state, list | tuple):  # RWKV: the model makes it in the first call
         return True
     raise Unsupported(f"a {type(state).__name__} does not tell whether a sequence has begun in it; call the model without a cache")
+
+
+def begun_at(state: Any, block: nn.Module) -> bool:
+    """Whether ``block`` has a sequence in ``state``, which the blocks before it may have begun in this very call."""
+    layers = getattr(state, "layers", None)
+    index = next((m.layer_idx for m in block.modules() if isinstance(getattr(m, "layer_idx", None), int)), None)
+    if layers is None or index is None:
+        return used(state)
+    return index < len(layers) and _used(layers[index])
 
 
 def _used(layer: Any) -> bool:

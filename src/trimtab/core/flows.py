@@ -51,9 +51,9 @@ def run(host: Host, module: nn.Module, args: tuple, kwargs: dict, acting: dict[s
     if not ATTENTION_DUTIES.isdisjoint(acting):
         inner = partial(_attention, host, module, inner)
     if "fresh" in acting:
-        inner = partial(_fresh, host, acting["fresh"], inner)
+        inner = partial(_fresh, host, module, acting["fresh"], inner)
     if "enter" in acting or "carry" in acting:
-        inner = partial(_carried, host, acting, inner)
+        inner = partial(_carried, host, module, acting, inner)
     if "pass" in acting:
         inner = partial(_passed, host, inner)
     if "prompt" in acting:
@@ -82,12 +82,12 @@ def plain(host: Host, acting: dict[str, Acting], inner: Inner, args: tuple, kwar
 # -- blocks
 
 
-def _fresh(host: Host, acting: Acting, inner: Inner, args: tuple, kwargs: dict) -> Any:
+def _fresh(host: Host, module: nn.Module, acting: Acting, inner: Inner, args: tuple, kwargs: dict) -> Any:
     """Tokens that enter this block and end with it: as keys and values where its attention can be reached, else in line."""
     x = first_of(args, kwargs)
     if not host.reaches:
         tokens, seen = acting.tokens(x.shape[0])
-        _once(host, args, kwargs)
+        _once(host, module, args, kwargs)
         y, _ = _in_line(args, kwargs, tokens.to(x.dtype).expand(x.shape[0], -1, -1), seen, inner)
         return y
 
@@ -102,19 +102,19 @@ def _fresh(host: Host, acting: Acting, inner: Inner, args: tuple, kwargs: dict) 
         return inner(args, kwargs)
 
 
-def _once(host: Host, args: tuple, kwargs: dict) -> None:
+def _once(host: Host, block: nn.Module, args: tuple, kwargs: dict) -> None:
     """Tokens in line enter with every call: none may go on from another.
 
     Raises:
-        Unsupported: the call's cache has begun.
+        Unsupported: the cache of this block has begun.
     """
-    from trimtab.compat.states import state_of, used
+    from trimtab.compat.states import begun_at, state_of
 
     state = next((value for value in args if hasattr(value, "get_seq_length")), None) or state_of(kwargs)
-    if state is not None and not torch.compiler.is_compiling() and used(state):
+    if state is not None and not torch.compiler.is_compiling() and begun_at(state, block):
         raise Unsupported(
-            f"the learned tokens at {host.path} stand in the block's sequence, and the cache of this call holds them already; they "
-            "would enter again: call the model with use_cache=False"
+            f"the learned tokens at {host.path} stand in the block's own sequence, and enter with every call; a call that goes on "
+            "from a cache has them in it already: call the model with use_cache=False"
         )
 
 
@@ -155,10 +155,11 @@ class _Carried:
     seen: Tensor | None
 
 
-def _carried(host: Host, acting: dict[str, Acting], inner: Inner, args: tuple, kwargs: dict) -> Any:
+def _carried(host: Host, module: nn.Module, acting: dict[str, Acting], inner: Inner, args: tuple, kwargs: dict) -> Any:
     """Tokens that go through the blocks: in line while a block runs, an attribute of the hidden states between two."""
     x = first_of(args, kwargs)
-    _once(host, args, kwargs)
+    if "enter" in acting:
+        _once(host, module, args, kwargs)
     carried = _handed_on(host, x) if "carry" in acting else None
     if "enter" in acting:
         tokens, seen = acting["enter"].tokens(x.shape[0])

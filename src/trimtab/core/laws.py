@@ -22,7 +22,7 @@ from trimtab.core.calls import first_of, first_tensor, replace_first
 from trimtab.core.errors import TrimtabError, Unsupported
 from trimtab.core.line import in_sequence
 from trimtab.core.tokens import Acting, Beside, Recorder, entered
-from trimtab.core.trial import Sample, enough, hidden, quiet, runs, sample, short
+from trimtab.core.trial import Sample, enough, hidden, padded, quiet, runs, sample, short
 
 if TYPE_CHECKING:
     from trimtab.core.host import Host
@@ -105,7 +105,7 @@ def _tried(host: Host, body: nn.Module) -> str:
 def _wrong(host: Host, each: str, tokens: Sample, seen: Callable, text: Tensor, want: Tensor) -> str | None:
     """What is wrong with a way; None: nothing."""
     run = partial(_run_line if each == LINE else _run_beside, host, tokens, seen)
-    got = run(tokens.learned)
+    got = run(tokens.learned, {})
     if each == BESIDE:
         if not host.rotates and (own := tokens.own_positions()) is not None:
             want = seen(lambda: tokens.run(slice(None), **own))
@@ -113,6 +113,7 @@ def _wrong(host: Host, each: str, tokens: Sample, seen: Callable, text: Tensor, 
     effect = (want[:, -text.shape[1] :] - text).abs().max().item()
     if (problem := _differs(got, want, effect)) is not None:
         return problem
+    run(tokens.learned, padded(tokens, seen))
     if each == LINE:  # once to the end, for what the body gives beside the hidden states
         in_sequence(host, tokens.body, _Tokens(tokens.learned), tokens.forward, (), tokens.call(tokens.text))
     return None
@@ -134,17 +135,17 @@ def _needs_ids(tokens: Sample, seen: Callable, want: Tensor) -> str | None:
     return None if problem is None else f"{reads} (on embeddings alone, {problem.partition(',')[0]})"
 
 
-def _run_line(host: Host, tokens: Sample, seen: Callable, p: Tensor) -> Tensor:
-    return seen(lambda: in_sequence(host, tokens.body, _Tokens(p), tokens.forward, (), tokens.call(tokens.text)))
+def _run_line(host: Host, tokens: Sample, seen: Callable, p: Tensor, more: dict[str, Tensor]) -> Tensor:
+    return seen(lambda: in_sequence(host, tokens.body, _Tokens(p), tokens.forward, (), tokens.call(tokens.text, **more)))
 
 
-def _run_beside(host: Host, tokens: Sample, seen: Callable, p: Tensor) -> Tensor:
+def _run_beside(host: Host, tokens: Sample, seen: Callable, p: Tensor, more: dict[str, Tensor]) -> Tensor:
     from trimtab.compat.bodies import run_alone
     from trimtab.core.flows import noted
 
     beside = noted(None, lambda: seen(lambda: run_alone(tokens.body, p, None, rotated=host.rotates)), before=True)
     with entered((beside,)):
-        return seen(lambda: tokens.run(tokens.text))
+        return seen(lambda: tokens.run(tokens.text, **more))
 
 
 def _differs(got: Tensor, want: Tensor, effect: float) -> str | None:
@@ -198,8 +199,11 @@ def try_group(name: str, method: str, hosts: Sequence[Host], body: nn.Module, bl
             except Exception:
                 return
         try:
+            with _acting(body, {}):
+                masked = padded(tokens, seen)
             with _acting(body, {host: _duties(host, name) for host in hosts}):
                 got = seen(lambda: tokens.run(tokens.text))
+                seen(lambda: tokens.run(tokens.text, **masked))
         except TrimtabError:
             raise
         except Exception as error:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from trimtab.core.calls import first_tensor
 from trimtab.core.site import base_class
 
-__all__ = ["Sample", "causal", "enough", "hidden", "quiet", "runs", "sample", "short", "table_width"]
+__all__ = ["Sample", "causal", "enough", "hidden", "padded", "quiet", "runs", "sample", "short", "table_width"]
 
 #: tokens of a trial, learned ones and text together; fewer where a model has a window as small
 _LONGEST = 32
@@ -147,6 +147,21 @@ def hidden(last: nn.Module, run: Callable[[], Any]) -> Tensor:
     finally:
         handle.remove()
     return found[-1]
+
+
+def padded(tokens: Sample, seen: Callable[[Callable[[], Any]], Tensor]) -> dict[str, Tensor]:
+    """A mask of the text whose first row has padding at its left; none where the body takes none, or does not run with it."""
+    from trimtab.compat.bodies import takes
+
+    if not takes(tokens.body, "attention_mask"):
+        return {}
+    mask = torch.ones(2, tokens.embedded.shape[1] - tokens.front, dtype=torch.long, device=tokens.embedded.device)
+    mask[0, 0] = 0
+    try:
+        seen(lambda: tokens.run(tokens.text, attention_mask=mask))
+    except Exception:  # (it wants its mask in another form)
+        return {}
+    return {"attention_mask": mask}
 
 
 def enough(blocks: Sequence[nn.Module]) -> int:
