@@ -10,7 +10,7 @@ BENCHES ?= $(wildcard bench/*.py)
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo tiny-lm test test-slow mutants lint bench install clean
+.PHONY: demo tiny-lm test test-slow sweep mutants lint bench install clean
 
 install: $(STAMP)
 
@@ -35,6 +35,12 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -m slow
+
+# every architecture of transformers, tiny, with four methods; the table is docs/sweep.md
+sweep: $(STAMP)
+	rm -rf .sweep
+	-OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -m slow tests/sweep/test_sweep.py
+	cd tests && ../$(BIN)/python -m sweep.table
 
 # how many faults the tests notice: SEED and COUNT choose the sample, results are kept and continued
 SEED ?= 0

@@ -28,7 +28,7 @@ from trimtab import tasks
 from trimtab.tasks.instructions.public import load_public
 from trimtab.training.config import load_config
 from trimtab.training.files import json_lines, write_text
-from trimtab.training.run import CONFIG, INFO
+from trimtab.training.folder import CONFIG, INFO
 
 FOLDER = Path(__file__).resolve().parent / ".cache" / "math"
 

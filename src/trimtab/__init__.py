@@ -16,6 +16,7 @@ from trimtab.core.errors import (
     ShapeMismatch,
     TrimtabError,
     Unsupported,
+    WriteError,
 )
 from trimtab.core.merging import merge, unmerge
 from trimtab.core.registry import get, method, names
@@ -39,6 +40,7 @@ __all__ = [
     "TokenAdapter",
     "TrimtabError",
     "Unsupported",
+    "WriteError",
     "activate",
     "attach",
     "detach",

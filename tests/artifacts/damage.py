@@ -204,7 +204,7 @@ def repickle(file: Path, rng: random.Random) -> bool:
     value = stored[key]
     changes: tuple[Callable[[], Any], ...] = (
         lambda: value.half(), lambda: value.double(), lambda: value.int(), lambda: value.to_sparse(), lambda: value[None],
-        lambda: value.flatten(), lambda: value[:0], lambda: torch.full_like(value, float("nan")), lambda: value.bool(),
+        lambda: value.flatten(), lambda: value.reshape(-1)[:0], lambda: torch.full_like(value, float("nan")), lambda: value.bool(),
         lambda: value.cfloat(), lambda: value.to("meta"), lambda: value.reshape(-1)[:1].expand(10**9), lambda: "text", lambda: None,
         lambda: [value], lambda: {"x": value}, lambda: 5, lambda: torch.nn.Parameter(value), lambda: value.to(torch.float8_e4m3fn),
         lambda: value.t().contiguous().t() if value.dim() == 2 else value,

@@ -304,6 +304,22 @@ def test_fused_projections_of_flux_are_several_modules_of_diffusers(style, dora,
             at += len(W)
 
 
+def test_processors_of_xlabs(tmp_path) -> None:
+    keys = {
+        "double_blocks.0.processor.qkv_lora1": [f"transformer_blocks.0.attn.to_{x}" for x in "qkv"],
+        "double_blocks.0.processor.proj_lora2": ["transformer_blocks.0.attn.to_add_out"],
+        "single_blocks.0.processor.qkv_lora": [f"single_transformer_blocks.0.attn.to_{x}" for x in "qkv"],
+    }
+    files = {key: low(8 * len(paths), 8, 2, None) for key, paths in keys.items()}
+    stored = {f"{k}.{x}.weight": v[f"lora_{x}.weight"] for k, v in files.items() for x in ("down", "up")}
+    save_file(stored, tmp_path / "x.safetensors")
+    model = Flux()
+    tt.load(model, tmp_path / "x.safetensors")
+    for key, paths in keys.items():
+        for path, rows in zip(paths, product(files[key]).split(8), strict=True):
+            torch.testing.assert_close(update(model, path), rows)
+
+
 def test_a_fused_projection_of_another_width_is_refused(tmp_path) -> None:
     with pytest.raises(tt.ShapeMismatch, match="share its rows have 24"):
         tt.load(Flux(), kohya(tmp_path, {"lora_unet_double_blocks_0_img_attn_qkv": low(16, 8, 2, 1.0)}))

@@ -30,14 +30,17 @@ from trimtab.core.checkpoint import inspect
         ("none", None, "does not exist"),
         ("folder", "folder", r"holds no trimtab adapter: there is no manifest.json \(found: nothing\)"),
         ("pipe", "pipe", "it is a pipe"),
+        ("two", "two", "of several files of tensors, give the one that is meant"),
     ],
 )  # fmt: skip
 def test_what_is_no_adapter_is_named(verb, name, content, match, tmp_path) -> None:
     path = tmp_path / name
     if content == "tensors":
         save_file({"model.norm.weight": torch.ones(3)}, path)
-    elif content == "folder":
+    elif content in ("folder", "two"):
         path.mkdir()
+        for part in ("a", "b") if content == "two" else ():
+            save_file({"lora_unet_x.lora_up.weight": torch.ones(2, 2)}, path / f"{part}.safetensors")
     elif content == "pipe":
         os.mkfifo(path)
     elif content is not None:
@@ -61,3 +64,21 @@ def test_options_of_a_format_are_said_to_load_too(tmp_path) -> None:
     tt.save(model, tmp_path / "own")
     with pytest.raises(tt.Unsupported, match="is trimtab's own; part cannot be said of it"):
         tt.load(Unet(), tmp_path / "own", part="lora_unet")
+
+
+def test_the_command_says_the_options_of_both_formats(tmp_path) -> None:
+    from safetensors.torch import load_file
+
+    from trimtab.cli.convert import command as convert
+
+    factors = low(12, 12, 2, 1.0)
+    two = kohya(tmp_path, {flat(Q): factors, "lora_te_encoder_layers_0_q": factors})
+    model = Unet()
+    tt.load(model, two, part="lora_unet")
+    tt.save(model, tmp_path / "own")
+    convert(tmp_path / "own", tmp_path / "d", to="diffusers", component="unet")
+    stored = load_file(tmp_path / "d" / "pytorch_lora_weights.safetensors")
+    up, down = stored[f"unet.{Q}.lora_B.weight"], stored[f"unet.{Q}.lora_A.weight"]
+    torch.testing.assert_close(up @ down, product(factors, 0.5))
+    convert(tmp_path / "own", tmp_path / "p", to="peft", base_name="org/base")
+    assert '"org/base"' in (tmp_path / "p" / "adapter_config.json").read_text()

@@ -51,6 +51,28 @@ def test_what_train_made_becomes_a_model(tmp_path: Path, capsys: pytest.CaptureF
     assert AutoTokenizer.from_pretrained("merged").get_vocab() == AutoTokenizer.from_pretrained("model").get_vocab()
     assert "exists already" in run(capsys, "merge", "run/adapter", "--base", "model", "--out", "merged", code=2)
 
+    # the head and the labels are there, and compute what the run predicts
+    from trimtab.tasks.text_classification import PooledClassifier
+    from trimtab.training import evaluate
+
+    assert "no class of transformers is this PooledClassifier" in shown
+    model, texts = PooledClassifier.from_merged("merged"), ["red house", "tree dog", "road flat road"]
+    found = model(**AutoTokenizer.from_pretrained("merged")(texts, padding=True, return_tensors="pt"))["logits"].softmax(-1)
+    for row, wanted in zip(found, evaluate("run", inputs=texts).predictions, strict=True):
+        assert model.config.id2label[int(row.argmax())] == wanted["label"]
+        assert float(row.max()) == pytest.approx(wanted["probability"], abs=1e-5)
+
+
+def test_runs_with_a_head_each_become_one(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The README's line: ``trimtab merge a b --rule ties --rank 16 --out ab``, of two runs, each with its own head."""
+    monkeypatch.chdir(tmp_path)
+    for name, seed in (("a", 1), ("b", 2)):
+        (tmp_path / "c.yaml").write_text(yaml.safe_dump(settings(tmp_path, epochs=1, seed=seed, output=name)))
+        assert main(["train", "c.yaml"]) == 0
+    shown = run(capsys, "merge", "a/adapter", "b/adapter", "--rule", "ties", "--rank", "16", "--out", "ab")
+    assert "classifier is a head: the average of the adapters' heads" in shown and "wrote ab" in shown
+    assert json.loads((tmp_path / "ab" / "manifest.json").read_text())["model"]["labels"] == ["animal", "colour", "shape"]
+
 
 def test_several_become_one(two, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     shown = run(capsys, "merge", *two, "--weights", "0.7,-0.3", "--out", tmp_path / "m")

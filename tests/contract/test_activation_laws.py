@@ -158,7 +158,7 @@ def test_affine_adapters_compose_with_a_low_rank_update(case: Case) -> None:
             return
         for a in group(model):
             weight = tt.effective_weight(model, a.site.path, name=("default", "lora"))
-            bias = a.bias(a.site.module.bias)
+            bias = a.bias(a.site.module._parameters["bias"])
             linear = case.model(D).get_submodule(a.site.path)
             linear.weight.data, linear.bias = weight, None if bias is None else nn.Parameter(bias.detach())
             z = torch.randn(3, a.site.in_features, dtype=D)

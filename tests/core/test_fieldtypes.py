@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import trimtab as tt
+from core.small_net import net
 from trimtab.core import registry
 from trimtab.core.fieldtypes import leaves, typed
 from trimtab.schedules import registry as schedules
@@ -107,3 +108,16 @@ def test_a_method_of_a_users_own_is_checked_too():
         Own("3")
     with pytest.raises(tt.ShapeMismatch, match="Own: names must be a list, each entry a text, found 'a'"):
         dataclasses.replace(Own(), names="a")
+
+
+@pytest.mark.parametrize("layers", [True, "0", 1.0, [True], ["a"], [0.5], "01"])
+def test_layers_that_are_no_numbers_of_blocks_are_refused(layers: Any):
+    with pytest.raises(tt.NoMatch, match="layers are numbers of blocks, as in"):
+        tt.attach(net(), tt.LoRA(rank=2), layers=layers)
+
+
+def test_one_layer_may_be_a_number():
+    models = [net(), net()]
+    for model, layers in zip(models, (0, [0]), strict=True):
+        tt.attach(model, tt.LoRA(rank=2), layers=layers)
+    assert len(set(tuple(p.shape for p in tt.parameters(model)) for model in models)) == 1

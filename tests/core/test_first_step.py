@@ -146,22 +146,25 @@ def test_what_never_gets_a_gradient_is_told_again(monkeypatch) -> None:
     assert [step(model, optimizer, other=X) for _ in range(3)] == [[], [], []]
     (told,) = step(model, optimizer)
     assert "after 4 optimizer steps 10 declared parameters" in told and "tower.1.q_proj" in told  # and `unused`: not tower.0
-    assert step(model, optimizer) == [] and not guard._PENDING and guard._HOOK is None
+    assert step(model, optimizer) == [] and model not in guard._PENDING
 
 
 def test_nothing_of_the_watch_is_left() -> None:
+    gc.collect()
+    others = noted.listeners  # models of other tests that still live
     model = partial()
     before = copy.deepcopy(model.__dict__["_forward_hooks"])
     tt.attach(model, tt.LoRA(rank=2), head=False)
     twin = copy.deepcopy(model)
     tt.detach(model, "default")
-    assert model._forward_hooks == before and noted.listeners == 0 and guard._HOOK is None
+    assert model._forward_hooks == before and noted.listeners == others and model not in guard._WATCHED
     tt.detach(twin, "default")
     assert not twin._forward_hooks
     tt.attach(model, tt.LoRA(rank=2), head=False)
+    assert noted.listeners == others + 1
     del model
     gc.collect()
-    assert noted.listeners == 0
+    assert noted.listeners == others
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -177,3 +180,18 @@ def test_a_compiled_model_is_not_compiled_again_after_the_check(compiled) -> Non
         run(X)["logits"].square().sum().backward()
         optimizer.step()
     assert counter.frame_count == int(compiled)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_running_statistics_that_move_are_told(frozen) -> None:
+    """They change what the adapter stands on, and no adapter holds them."""
+    net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 2))
+    tt.attach(net, tt.LoRA(rank=2), targets=["0", "2"])
+    net.train()
+    net[1].train(not frozen)
+    optimizer = torch.optim.SGD(tt.parameters(net), lr=0.1)
+    net(torch.randn(4, 8)).square().sum().backward()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        optimizer.step()
+    assert [("running statistics" in str(w.message)) for w in told] == [True] * (not frozen)

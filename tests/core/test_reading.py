@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 import trimtab as tt
 from trimtab.compat.safetensors_file import read_header
 from trimtab.compat.tensor_files import read_tensors
-from trimtab.core.reading import check_fields, check_finite, inflate, inside, parse_json, read_json
+from trimtab.core.reading import check_fields, check_finite, check_pattern, inflate, inside, parse_json, read_json
 
 HOSTILE = {
     "deep": (b"[" * 200_000 + b"]" * 200_000, "nested deeper than 64"),
@@ -172,3 +172,22 @@ def test_odd_headers_are_refused(change, tmp_path) -> None:
     (tmp_path / "x.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw + whole[8 + size :])
     with pytest.raises(tt.CheckpointMismatch, match="what no tensor has"):
         read_header(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(a+)+$", "(.*)*x", "(?:a|b*)*", "(", "[", "(?P<", "a{99999999999}", ".*" * 9 + "x", "(" * 3000]
+)
+def test_patterns_that_are_none_or_take_for_ever_are_refused(pattern) -> None:
+    with pytest.raises(tt.CheckpointMismatch, match="no regular expression|take for ever"):
+        check_pattern(pattern, "f")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r".*\.(q_proj|v_proj)", "q_proj", r"model\.layers\.\d+\.self_attn\..*", r"^attn1\.to_k", "(.*\\.)?x",
+        r"(?:.*?(?:vision|image).*?(?:attn|mlp).*?(?:q_proj|o_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.(?:mlp)\.(?:(?:up_proj)))",
+    ],
+)  # fmt: skip
+def test_patterns_that_people_write_are_fine(pattern) -> None:
+    check_pattern(pattern, "f")

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import trimtab as tt
 from tiny_decoder import ANIMALS, COLOURS, settings, write_decoder
 from tiny_text import write_jsonl
-from trimtab.core.errors import Unsupported
+from trimtab.core.errors import Busy, Unsupported
+from trimtab.core.files import locked
 from trimtab.distillation import pipeline
 from trimtab.distillation.side import Side
 from trimtab.training.errors import ConfigError, RunError
@@ -217,3 +218,9 @@ def test_bad_configurations_are_sentences_and_write_nothing(base: Path, tmp_path
 def test_an_endpoint_that_is_not_there(base: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="cannot be reached"):
         tt.transfer(config(base, tmp_path / "t", "http://127.0.0.1:9/v1"))
+
+
+def test_a_second_transfer_into_one_output_is_refused(base: Path, tmp_path: Path) -> None:
+    with locked(tmp_path / "t", "transfers into"), pytest.raises(Busy, match="another process .* transfers into .*/t"):
+        tt.transfer(config(base, tmp_path / "t", "http://127.0.0.1:9/v1"))
+    assert not list(tmp_path.iterdir())

@@ -136,7 +136,7 @@ def test_linear_compacters_merge() -> None:
 
 def test_sizes_that_do_not_divide_are_told() -> None:
     with pytest.raises(tt.ShapeMismatch, match=r"16 features, which reduction 8 and 4 divisions do not divide; nearest .* 2, 4"):
-        tt.attach(encoder(), tt.Compacter(reduction=8, divisions=4), layers=[0])
+        tt.attach(encoder(), tt.Compacter(reduction=8), layers=[0])
     with pytest.raises(tt.ShapeMismatch, match="use divisions that divide 16"):
         tt.attach(encoder(), tt.Compacter(reduction=2, divisions=3), layers=[0])
 

@@ -39,7 +39,7 @@ def forward(net: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-OPEN = [tt.OFT(), tt.BOFT(), tt.HUT(), tt.TLoRA(), tt.S2FT(), tt.Bat(), tt.Consolidator(), tt.Compacter(), tt.WaRA(rank=2)]
+OPEN = [tt.OFT(), tt.BOFT(), tt.HUT(), tt.TLoRA(), tt.S2FT(), tt.Bat(), tt.Consolidator(), tt.Compacter()]
 
 
 @pytest.mark.parametrize("widths", [(16, 32), (15, 45), (13, 52), (22, 33), (30, 70), (97, 101)])
@@ -133,6 +133,22 @@ def model_like(net: nn.Module) -> nn.Module:
     for block in fresh[1]:
         block.self_attn.num_heads, block.self_attn.head_dim = 32, 2
     return fresh
+
+
+def test_what_is_open_alone_is_chosen() -> None:
+    """Where one of two numbers that belong together is given, the other is the usual one, and is not bent to it."""
+    with pytest.raises(tt.ShapeMismatch, match="reduction 8 and 4 divisions"):
+        tt.attach(model(16, 32), tt.Compacter(reduction=8))
+    (row, *_) = tt.attach(model(16, 32), tt.Compacter())
+    assert "reduction=4, divisions=4" in row["method"]
+
+
+def test_an_odd_width_is_padded_where_nothing_is_given() -> None:
+    odd = nn.Sequential(nn.Linear(33, 35))
+    (row,) = tt.attach(odd, tt.WaRA(), targets="0")
+    assert "pad=True" in row["method"]
+    with pytest.raises(tt.ShapeMismatch, match="odd number"):
+        tt.attach(nn.Sequential(nn.Linear(33, 35)), tt.WaRA(rank=2), targets="0")
 
 
 def test_divisors() -> None:

@@ -269,8 +269,8 @@ def test_unknown_wavelet_lists_the_known_ones():
 @pytest.mark.parametrize(
     ("shape", "config", "match"),
     [
-        ((8, 13), WaRA(rank=2, pad=False), r"fc has 13 inputs, an odd number"),
-        ((7, 12), WaRA(rank=2, pad=False), r"fc has 7 outputs, an odd number"),
+        ((8, 13), WaRA(rank=2), r"fc has 13 inputs, an odd number"),
+        ((7, 12), WaRA(rank=2), r"fc has 7 outputs, an odd number"),
         ((6, 12), WaRA(rank=2, wavelet="db4"), r"the 8 taps of db4 are longer than the 6 outputs"),
         ((8, 12), WaRA(rank=5), r"2 times the rank 5 .* at most 4"),
     ],

@@ -164,7 +164,11 @@ def _mode(model: nn.Module, built: Built) -> nn.Module:
             object.__setattr__(built, "_trains", True)
         except Exception:  # the base's own refusal: it is trained in the mode in which it was built
             object.__setattr__(built, "_trains", False)
-    return model.train(built._trains)
+    model.train(built._trains)
+    for module in model.modules():
+        if getattr(module, "track_running_stats", False):
+            module.eval()  # running statistics are the base's: they stay as they are
+    return model
 
 
 def _keep(model: nn.Module, built: Built, base: list[Tensor], moved: list[Tensor], verdicts: Verdicts) -> None:

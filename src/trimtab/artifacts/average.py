@@ -31,6 +31,7 @@ from trimtab.artifacts.average_gap import gap as measure
 from trimtab.artifacts.average_weights import checkpoint_weights, effective_count, last_of
 from trimtab.core.checkpoint import MANIFEST, inspect, read_tensors, write_folder
 from trimtab.core.errors import CheckpointMismatch, NoMatch, NotMergeable, ShapeMismatch, TrimtabError, Unsupported, raise_all
+from trimtab.core.folders import apart
 
 __all__ = ["Average", "Checkpoint", "average", "checkpoints_of", "mean"]
 
@@ -167,6 +168,7 @@ def average(
         shapes or buffers, all of them. NotMergeable: factors of different starts. Unsupported: a missing base, or bad choices.
     """
     found = checkpoints_of(checkpoints)
+    apart(out, [*(checkpoint.folder for checkpoint in found), *_paths(checkpoints)])
     settings = _settings(scheme, strength, last)
     if space not in ("factors", "update"):
         raise Unsupported(f"space must be 'factors' or 'update', found {space!r}")
@@ -199,6 +201,10 @@ def average(
     fresh = {key: value for key, value in manifests[-1].items() if key not in ("file", "sha256", "seal", "made")}
     write_folder(Path(out), kept, fresh | {"made": made})
     return result
+
+
+def _paths(checkpoints: Any) -> list[Any]:
+    return [checkpoints] if isinstance(checkpoints, str | os.PathLike) else list(checkpoints)
 
 
 def _settings(scheme: Any, strength: Any, last: Any) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core import fingerprint
+from trimtab.core.contracts import Adapter
 from trimtab.core.site import Site
 from trimtab.core.state import ATTRIBUTE
 
@@ -46,19 +47,22 @@ class LiveBase:
         return None if value is None or value.is_meta else value
 
 
-def check(base: Base, stored: dict[str, Any], source: str, *, view: Callable[[str, Tensor], Tensor] | None = None) -> None:
-    """Compare the sample of a base's weights that an adapter carries with ``base``; ``view``: what of a tensor it was taken of.
+def check(
+    base: Base, stored: dict[str, Any], source: str, *, adapters: Sequence[Adapter],
+    view: Callable[[str, Tensor], Tensor] | None = None,
+) -> None:  # fmt: skip
+    """Compare the sample of a base's weights that ``adapters`` carry with ``base``; ``view``: what of a tensor it was taken of.
 
     Raises:
         CheckpointMismatch: they are another base's.
     """
     more = {} if view is None else {"view": view}
-    fingerprint.compare(base.root, stored, source, value=base.value, **more)
+    fingerprint.compare(base.root, stored, source, value=base.value, adapters=adapters, **more)
 
 
-def sample_of(base: Base, sites: list[Site]) -> dict[str, Any]:
-    """The sample of a base's weights that an adapter at ``sites`` carries."""
-    taken = fingerprint.take(base.root, sites, value=lambda site: base.value(site.path, site.tensor))
+def sample_of(base: Base, adapters: Sequence[Adapter]) -> dict[str, Any]:
+    """The sample of a base's weights that ``adapters`` carry."""
+    taken = fingerprint.take(base.root, adapters, value=lambda site: base.value(site.path, site.tensor))
     return taken | {"class": getattr(base, "class_name", taken["class"])}
 
 

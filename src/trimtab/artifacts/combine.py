@@ -19,12 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.artifacts.base import Base, LiveBase
+from trimtab.artifacts.heads import check_heads, check_sizes, common_notes, head_value, is_fresh
 from trimtab.artifacts.rules import RuleEntry, rule_entry
 from trimtab.artifacts.saved import Saved, class_of, open_saved
 from trimtab.artifacts.updates import Place, places, reference, update_of, whole_value
 from trimtab.artifacts.writing import as_low_rank, as_value, write_adapters
+from trimtab.core import fingerprint
 from trimtab.core.contracts import Adapter, Selection
 from trimtab.core.errors import CheckpointMismatch, NotMergeable, ShapeMismatch, TrimtabError, Unsupported, raise_all
+from trimtab.core.folders import apart
 from trimtab.core.site import Site
 from trimtab.core.table import Table
 from trimtab.kernels.thin import Thin, Update, cut, dense, distance, norm
@@ -33,7 +36,7 @@ __all__ = ["check_size", "check_weights", "combine", "merge_all", "common_base",
 
 
 def combine(
-    adapters: Sequence[str | os.PathLike],
+    adapters: Sequence[str | os.PathLike] | str | os.PathLike,
     out: str | os.PathLike,
     *,
     weights: Sequence[float] | None = None,
@@ -44,6 +47,7 @@ def combine(
     name: str | None = None,
     seed: int = 0,
     format: str = "trimtab",
+    heads: str = "average",
     **parameters: Any,
 ) -> Table:
     """Merge saved adapters into one, saved at ``out``; the same function as ``trimtab merge A B --out OUT``.
@@ -52,7 +56,8 @@ def combine(
     method, rank or places.
 
     Args:
-        adapters: folders or files of any format that ``tt.load`` reads.
+        adapters: folders or files of any format that ``tt.load`` reads; a single path is a list of one.
+        out: a folder that is none of them.
         weights: one an adapter; None: 1/n each (``task_arithmetic``: 1 each). Negative ones subtract.
         rule: see ``tt.merge_rules()``.
         rank: of the result at every place, the best at that rank; None: exact, or what ``max_error`` needs.
@@ -62,6 +67,8 @@ def combine(
         name: the new adapter's; None: the names joined with ``+``.
         seed: of rules that draw; a place's draws depend on it and on the place's name alone.
         format: ``"trimtab"`` or ``"peft"``.
+        heads: what becomes of heads that the adapters bring along and the base has no values for, whatever the rule:
+            ``"average"`` of those that have it, in the proportion of their weights; the ``"first"`` adapter's; ``"drop"``.
         parameters: the rule's own, such as ``density=0.2``.
 
     Returns:
@@ -70,23 +77,29 @@ def combine(
 
     Raises:
         NoMatch: unknown rule or parameter. ShapeMismatch: weights or ranks that do not fit. CheckpointMismatch: damaged files,
-        or adapters of different bases. NotMergeable: something that is no update of a weight. Unsupported: the base is needed.
+        or adapters of different bases. NotMergeable: something that is no update of a weight. Unsupported: the base is needed,
+        or ``out`` is one of the adapters.
     """
+    adapters = [adapters] if isinstance(adapters, str | os.PathLike) else list(adapters)
     entry = rule_entry(rule)
     values = entry.bind(parameters)
     factors = check_weights(adapters, weights, entry)
+    apart(out, [*adapters, base])
     check_size(rank, max_error)
+    check_heads(heads)
+    if base is not None:
+        check_sizes(adapters, heads)
     model = open_base(base, adapters)
     opened = [open_saved(path, model) for path in adapters]
-    sample = common_base(opened)
-    merged, report = merge_all(opened, factors, entry, values, model, rank=rank, max_error=max_error, seed=seed)
+    sample, notes = common_base(opened), common_notes(opened, heads)
+    merged, report = merge_all(opened, factors, entry, values, model, rank=rank, max_error=max_error, seed=seed, heads=heads)
     made = {
-        "by": "combine", "rule": rule, "weights": factors, "parameters": values, "seed": seed,
+        "by": "combine", "rule": rule, "weights": factors, "parameters": values, "seed": seed, "heads": heads,
         "from": [{"name": s.group.name, "source": Path(s.source).name, "mark": s.mark} for s in opened],
         "errors": {row["path"]: row["error"] for row in report},
     }  # fmt: skip
     name = name or "+".join(s.group.name for s in opened)
-    write_adapters(merged, Path(out), name=name, base=sample, model=model, format=format, made=made)
+    write_adapters(merged, Path(out), name=name, base=sample, model=model, format=format, made=made, notes=notes)
     return report
 
 
@@ -98,7 +111,7 @@ def check_weights(adapters: Sequence[Any], weights: Sequence[float] | None, rule
     """
     if not adapters:
         raise ShapeMismatch("there is nothing to merge: no adapter was given")
-    paths = [os.path.abspath(path) for path in adapters]
+    paths = [os.path.realpath(path) for path in adapters]
     twice = sorted({path for path in paths if paths.count(path) > 1})
     if twice:
         raise ShapeMismatch(f"{twice[0]} is given twice; give it once, with the sum of its weights")
@@ -134,21 +147,12 @@ def common_base(opened: Sequence[Saved]) -> dict[str, Any]:
     Raises:
         CheckpointMismatch: two adapters carry samples of different bases.
     """
-    cls = next((s.base["class"] for s in opened if s.base["samples"]), opened[0].base["class"])
-    samples: dict[str, list[float]] = {}
-    for saved in opened:
-        mine = saved.base["samples"]
-        both = [k for k in mine if k in samples and len(mine[k]) == len(samples[k])]
-        if both:
-            ours, theirs = (torch.tensor([v for k in both for v in s[k]], dtype=torch.float64) for s in (mine, samples))
-            scale = (ours.norm() * theirs.norm()).item()
-            if not (ours @ theirs).item() >= 0.95 * scale:
-                raise CheckpointMismatch(
-                    f"{saved.source} and {opened[0].source} were made for different bases: their samples of {both[0]} and "
-                    f"{len(both) - 1} other tensors agree to a cosine of {(ours @ theirs).item() / scale if scale else 0:.2f} only"
-                )
-        samples = {**mine, **samples}
-    return {"class": cls, "samples": samples}
+    for number, saved in enumerate(opened):
+        for other in opened[:number]:
+            reason = fingerprint.difference(saved.base, other.base)
+            if reason is not None:
+                raise CheckpointMismatch(f"{saved.source} and {other.source} were made for different bases: {reason}")
+    return fingerprint.join([saved.base for saved in opened])
 
 
 def place_seed(seed: int, name: str) -> int:
@@ -166,6 +170,7 @@ def merge_all(
     rank: int | None,
     max_error: float | None,
     seed: int,
+    heads: str = "average",
 ) -> tuple[list[Adapter], Table]:
     """New adapters, and their report; all problems together."""
     report = Table(("path", "shape", "method", "rank", "error", "cut"))
@@ -175,9 +180,14 @@ def merge_all(
     for place in places(opened):
         try:
             with torch.no_grad():
-                made = _merge_place(place, weights, rule, values, base, rank=rank, max_error=max_error, seed=seed)
+                if _whole_alone(place, rule, weights, base):
+                    made = _whole(place, weights, heads if is_fresh(place, base) else "average", report)
+                else:
+                    made = _merge_place(place, weights, rule, values, base, rank=rank, max_error=max_error, seed=seed)
         except TrimtabError as error:
             problems.append(error)
+            continue
+        if made is None:
             continue
         adapter, exact, stored, lost = made
         size, off = norm(exact), distance(stored, exact)
@@ -190,6 +200,8 @@ def merge_all(
             off / size if size else (0.0 if off == 0 else math.inf), lost,
         )  # fmt: skip
     raise_all(problems)
+    if not merged:
+        raise NotMergeable('nothing is left to store: the adapters hold heads alone, and heads="drop" leaves them out')
     overall = math.sqrt(total[0] / total[1]) if total[1] else 0.0
     listed = ", ".join(f"{w:.4g} {s.group.name}" for w, s in zip(weights, opened, strict=True))
     report.title = f"{rule.name} of {listed}; overall error against the weighted sum {overall:.3g}"
@@ -206,7 +218,7 @@ def _merge_place(
     wholes = [whole_value(effect) for _, effect in place.effects]
     W = None
     if all(value is not None for value in wholes):
-        W = _start(place, wholes, weights, rule, base)
+        W = _start(place, wholes, base)
         updates: list[Update] = [value.to(W.dtype) - W for value in wholes]
     else:
         updates = [update_of(effect, site, base) for _, effect in place.effects]
@@ -246,20 +258,39 @@ def _stored(site: Site, factors: Thin) -> Thin:
     return Thin(factors.b.to(_dtype(site)), factors.a.to(_dtype(site)))
 
 
-def _start(place: Place, wholes: list[Tensor], weights: list[float], rule: RuleEntry, base: Base | None) -> Tensor:
-    """What whole values are changes of: the base's own; or any, where the merge is an average of all adapters.
+def _start(place: Place, wholes: list[Tensor], base: Base | None) -> Tensor:
+    """The base's own values, which whole values are changes of.
 
     Raises:
-        Unsupported: there is no base, or it has none (a new head), and the result would depend on it.
+        Unsupported: there is no base.
     """
     W = reference(place.site, base, torch.promote_types(wholes[0].dtype, torch.float32))
-    if W is not None:
-        return W
+    if W is None:
+        raise Unsupported(
+            f"{place.name} is replaced as a whole, and no base is given to measure the change from: base=... (--base); without it "
+            "only an average (rule='linear', weights that sum to 1) of adapters that all have it is defined"
+        )
+    return W
+
+
+def _whole_alone(place: Place, rule: RuleEntry, weights: list[float], base: Base | None) -> bool:
+    """Whether a place has whole values which no values of the base enter: a fresh head, or an average of all, where they cancel."""
+    wholes = [whole_value(effect) for _, effect in place.effects]
+    if any(value is None for value in wholes) or reference(place.site, base, torch.float32) is not None:
+        return False
     everywhere = {number for number, _ in place.effects} == set(range(len(weights)))
-    if rule.name == "linear" and everywhere and abs(sum(weights) - 1) < 1e-9:
-        return wholes[0].to(torch.promote_types(wholes[0].dtype, torch.float32))
-    known = "the base has no such tensor" if base is not None else "no base is given"
-    raise Unsupported(
-        f"{place.name} is replaced as a whole, and {known} to measure the change from; without it only an average (rule='linear', "
-        "weights that sum to 1) of adapters that all have it is defined"
-    )
+    return is_fresh(place, base) or (rule.name == "linear" and everywhere and abs(sum(weights) - 1) < 1e-9)
+
+
+def _whole(place: Place, weights: list[float], heads: str, report: Table) -> tuple[Adapter, Update, Update, float] | None:
+    """As ``_merge_place``, for whole values alone; None where they are left out. Says what became of a head."""
+    wholes = [whole_value(effect) for _, effect in place.effects]
+    value, factors = head_value(place, wholes, weights, heads)
+    if len(weights) > 1 and is_fresh(place, None):
+        what = {"average": "the average of the adapters' heads", "first": "the first adapter's", "drop": "left out"}[heads]
+        report.notes.append(f"{place.name} is a head: {what}")
+    if value is None:
+        return None
+    exact = sum(factor * whole.to(value.dtype) for factor, whole in zip(factors, wholes, strict=True) if factor)
+    config = next(effect.config for _, effect in place.effects if isinstance(effect, Selection))
+    return as_value(place.site, value, config), exact, value, 0.0

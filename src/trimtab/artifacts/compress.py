@@ -31,6 +31,7 @@ from trimtab.artifacts.sources import Source, from_adapter, from_weights
 from trimtab.artifacts.trials import Choice, choose
 from trimtab.core.checkpoint import MANIFEST
 from trimtab.core.errors import CheckpointMismatch, ShapeMismatch, Unsupported, nearest
+from trimtab.core.folders import apart
 from trimtab.kernels.ranking import Top, largest
 
 __all__ = ["Compression", "compress", "fraction"]
@@ -151,6 +152,7 @@ def compress(
     alphas = list(alpha) if isinstance(alpha, Sequence) else [alpha]
     _check(densities, alphas, scope, coding, rest)
     path = Path(source)
+    out = apart(out, [source, *([reference] if reference not in ("auto", "zero") else [])])
     where = reference if reference in ("auto", "zero") else Path(reference)
     if (path / MANIFEST).is_file() or not isinstance(where, Path):
         opened = from_adapter(path, model=model, reference=where, keep=keep, rest=rest)
@@ -167,7 +169,7 @@ def compress(
             )
         judge = score if several else None
         choice = choose(path, ranked, densities, alphas, model=model, score=judge, losses=losses, tolerance=tolerance)
-    return _write(opened, ranked, Path(out), coding, choice)
+    return _write(opened, ranked, out, coding, choice)
 
 
 def _check(densities: list[float], alphas: list[float | None], scope: str, method: str, rest: str) -> None:

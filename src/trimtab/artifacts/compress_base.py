@@ -28,6 +28,8 @@ from trimtab.artifacts.sketch_writer import SketchWriter
 from trimtab.artifacts.source import Source, empty_model
 from trimtab.compat.sketched import SketchedWeight
 from trimtab.core.errors import CheckpointMismatch, Unsupported
+from trimtab.core.files import locked
+from trimtab.core.folders import apart, writing
 from trimtab.core.table import Table
 from trimtab.kernels.codes import pack
 from trimtab.kernels.sweep import Curvature, Hessian, SingularHessian, codebook, curvature, nearest_codes, sweep
@@ -72,6 +74,7 @@ def compress_base(
     """
     sketch = sketch or BaseSketch()
     source = Source.open(model)
+    apart(out, [model, source.folder])
     batches = None if calibration is None else [dict(batch) for batch in calibration]
     if batches is not None and not batches:
         raise Unsupported("the calibration data is empty; give at least one batch, or none at all")
@@ -82,12 +85,13 @@ def compress_base(
         "targets": (list(targets) if isinstance(targets, tuple) else targets) if named else list(plan.matrices),
         "calibration": None if batches is None else _facts_of(batches),
     }
-    writer = SketchWriter(Path(out), plan, settings)
-    writer.begin()
-    work = _Work(plan, writer, batches, torch.device(device))
-    with _progress(plan, console or Console(quiet=True)) as work.advance:
-        for shard in plan.shards:
-            work.shard(shard)
+    with writing(Path(out)), locked(Path(out), "is sketching into"):
+        writer = SketchWriter(Path(out), plan, settings)
+        writer.begin()
+        work = _Work(plan, writer, batches, torch.device(device))
+        with _progress(plan, console or Console(quiet=True)) as work.advance:
+            for shard in plan.shards:
+                work.shard(shard)
     found = _table(writer.manifest)
     if batches is not None:
         _warn_of_thin_data(writer.manifest)

@@ -13,6 +13,7 @@ from trimtab.artifacts.rules import rule_entry
 from trimtab.artifacts.saved import Saved, open_saved
 from trimtab.artifacts.writing import write_adapters
 from trimtab.core.errors import NotMergeable, Unsupported
+from trimtab.core.folders import apart
 from trimtab.core.table import Table
 
 __all__ = ["convert"]
@@ -50,7 +51,7 @@ def convert(
         CheckpointMismatch: damaged or foreign files; missing and unused tensors in a table of three columns.
         NotMergeable: ``out`` exists. NoMatch, ShapeMismatch: it does not fit the base.
     """
-    out = Path(out)
+    out = apart(out, [source, base])
     if out.exists():
         raise NotMergeable(f"{out} exists already; choose another folder for the converted adapter")
     check_size(rank, max_error)
@@ -67,7 +68,8 @@ def convert(
     for row in merged:
         report.add(row["path"], before.get(row["path"], ""), row["method"], row["rank"], row["error"])
     made["errors"] = {row["path"]: row["error"] for row in report}
-    write_adapters(adapters, out, name=name, base=saved.base, model=model, format=to, made=made, **(writing or {}))
+    more = {"made": made, "notes": saved.notes, **(writing or {})}
+    write_adapters(adapters, out, name=name, base=saved.base, model=model, format=to, **more)
     return report
 
 
@@ -76,7 +78,8 @@ def _as_it_is(
 ) -> None:
     """The same method in the other format, exactly."""
     try:
-        write_adapters(saved.adapters, out, name=name, base=saved.base, model=model, format=to, made=made, **writing)
+        more = {"made": made, "notes": saved.notes, **writing}
+        write_adapters(saved.adapters, out, name=name, base=saved.base, model=model, format=to, **more)
     except Unsupported as error:
         raise Unsupported(f"{error}\nOr store it as a LoRA: rank=... (--rank), or max_error=... (--max-error)") from None
     from trimtab.compat.peft_files import read_config

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from trimtab.artifacts import starts
 from trimtab.artifacts.fitting import spread
 from trimtab.artifacts.packed import Entry, Packed
-from trimtab.artifacts.sources import unpack_base
+from trimtab.artifacts.sources import content_of, unpack_base
 from trimtab.artifacts.weights import Weights
 from trimtab.core import cut, fingerprint
-from trimtab.core.checkpoint import VERSION, inspect, read_tensors, write_folder
+from trimtab.core.checkpoint import VERSION, read_saved, write_folder
 from trimtab.core.errors import CheckpointMismatch, ShapeMismatch, TrimtabError, Unsupported, raise_all
+from trimtab.core.folders import apart
 from trimtab.core.reading import check_fields
 from trimtab.core.state import adapter_group, state_of, unwrap
 
@@ -49,7 +50,7 @@ def expand(
         CheckpointMismatch: a damaged, truncated or foreign file, or another reference or base than it was written against.
         Unsupported: ``model`` or ``reference`` is needed and missing.
     """
-    opened, target = Packed(packed), Path(out)
+    opened, target = Packed(packed), apart(out, [packed, reference])
     given = None if reference is None else Path(reference)
     if opened.kind == "adapter":
         manifest = adapter_manifest(opened)
@@ -90,10 +91,11 @@ def _adapter_starts(packed: Packed, model: nn.Module | None, reference: Path | N
     if header["reference"] == "other":
         if reference is None:
             raise Unsupported(f"{packed.path} is counted from another adapter: say which with reference=")
-        found = inspect(reference)
-        if found["sha256"] != header["reference_id"]:
+        found, tensors = read_saved(reference)
+        same = found["sha256"] == header["reference_id"] or content_of(tensors) == header.get("reference_content")
+        if not same:
             raise CheckpointMismatch(f"{packed.path} is counted from another adapter than {reference}")
-        return read_tensors(reference, found)
+        return tensors
     wanted = [entry for entry in packed.entries if entry.start in ("made", "base")]
     if not wanted:
         return {}

@@ -15,6 +15,7 @@ from trimtab.artifacts.sketch_writer import write_shard, write_tensors
 from trimtab.compat.sketch_folder import MANIFEST, read_manifest, read_shard, seal
 from trimtab.compat.sketched import SketchedWeight
 from trimtab.core.errors import CheckpointMismatch, Unsupported
+from trimtab.core.folders import apart
 from trimtab.training.files import new_directory, write_text
 
 __all__ = ["expand_base", "save_base"]
@@ -28,7 +29,7 @@ def expand_base(sketch: str | Path, out: str | Path) -> Path:
     Raises:
         CheckpointMismatch: ``sketch`` is no sketch, damaged or not finished. Unsupported: ``out`` exists already.
     """
-    folder, out = Path(sketch), _new(out)
+    folder, out = Path(sketch), _new(apart(out, [sketch]))
     manifest = read_manifest(folder)
     names = list(manifest["shards"])
     whole = len(names) == 1
@@ -58,7 +59,7 @@ def save_base(model: nn.Module, sketch: str | Path, out: str | Path) -> Path:
     Raises:
         CheckpointMismatch: ``sketch`` is no sketch, or the model has a weight dense that it sketches. Unsupported: ``out`` exists.
     """
-    folder, out = Path(sketch), _new(out)
+    folder, out = Path(sketch), _new(apart(out, [sketch]))
     manifest = read_manifest(folder)
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     stored = dict(model.state_dict(keep_vars=True))

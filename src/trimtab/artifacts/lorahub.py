@@ -74,6 +74,7 @@ def search_weights(
         ShapeMismatch: no adapter, or a budget or bounds that leave nothing to search. NotMergeable: something that is no update
         of a weight. CheckpointMismatch, NoMatch: the adapters are damaged or do not fit the model.
     """
+    adapters = [adapters] if isinstance(adapters, str | os.PathLike) else list(adapters)
     check_weights(adapters, None, rule_entry("linear"))
     if budget < 1 or not bounds[0] <= 0 <= bounds[1] or bounds[0] == bounds[1]:
         raise ShapeMismatch(f"a search needs a budget of at least 1 and bounds around 0; found {budget} and {bounds}")

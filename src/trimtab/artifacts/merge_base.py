@@ -16,15 +16,18 @@ from typing import Any
 
 from trimtab.artifacts.combine import check_weights, common_base
 from trimtab.artifacts.folder_base import local_folder, open_folder
+from trimtab.artifacts.heads import check_heads, check_sizes, common_notes, head_value
 from trimtab.artifacts.merged_tensors import Made, Merge, MergedTensor, add_rows, outputs_of
 from trimtab.artifacts.rules import rule_entry
 from trimtab.artifacts.saved import class_of, open_saved
 from trimtab.artifacts.shards import Staging
-from trimtab.artifacts.updates import effects_of, whole_value
+from trimtab.artifacts.updates import Place, effects_of, whole_value
 from trimtab.compat import ties
+from trimtab.compat.head_file import HEAD, HEAD_TENSORS, head_entry
 from trimtab.compat.pretrained import Pretrained, read_files
 from trimtab.compat.weight_names import lacking
 from trimtab.core.errors import CheckpointMismatch, NotMergeable, TrimtabError, raise_all
+from trimtab.core.folders import absent, apart
 from trimtab.core.host import BiasOf
 from trimtab.core.merging import INTO, report_table
 from trimtab.core.state import parameter_users
@@ -44,9 +47,14 @@ def merge_checkpoint(
     max_error: float | None = None,
     untie: bool = False,
     seed: int = 0,
+    heads: str = "average",
     **parameters: Any,
 ) -> Table:
     """Write ``W' = W + rule(D_1, ..., D_n)`` for all tensors that saved adapters change; ``trimtab merge A --base BASE --out OUT``.
+
+    A head that adapters bring along makes the folder a model of their class, with their labels. Where transformers has no such
+    class (a linear layer on the mean of an encoder's tokens), the folder is the encoder, the head stands in a file of its own
+    beside it, and the report says how to load both.
 
     The folder ``out`` appears whole or not at all. An interrupted merge goes on where it was when it is called again with the same
     arguments; other arguments start anew. Config, tokenizer and all other small files are copied.
@@ -58,6 +66,7 @@ def merge_checkpoint(
         into: for a quantised base, said explicitly: ``"dequantised"`` writes a dense checkpoint, ``"requantised"`` quantises the
             changed weights again in the same format and leaves the others.
         max_error: refuse if any tensor's relative output error, from rounding to the base's dtype, is larger.
+        heads: of several adapters; see ``tt.combine``.
         untie: give a tied tensor's other users the old values. The config written then says that nothing is tied, and every
             name that it tied has a tensor of its own.
 
@@ -69,38 +78,49 @@ def merge_checkpoint(
         another base. NoMatch, ShapeMismatch, Unsupported: the adapters do not fit. Nothing is left at ``out`` then.
     """
     paths = [adapters] if isinstance(adapters, str | os.PathLike) else list(adapters)
-    out = Path(out)
-    if out.exists():
+    out = apart(out, [*paths, base])
+    if not absent(out):
         raise NotMergeable(f"{out} exists already; choose another folder for the merged model")
     if into not in INTO:
         raise NotMergeable(f"into= must be one of {INTO}, found {into!r}")
     entry = rule_entry(rule)
     values, factors = entry.bind(parameters), check_weights(paths, weights, entry)
+    check_heads(heads)
+    check_sizes(paths, heads)
     model = open_folder(local_folder(base), [class_of(Path(path)) for path in paths], paths)
     opened = [open_saved(path, model) for path in paths]
     common_base(opened)
     title = " + ".join(s.group.name for s in opened)
-    work = Merge(model, opened, factors, entry, values, into, max_error, seed, report_table(title))
+    notes = common_notes(opened, heads)
+    work = Merge(model, opened, factors, entry, values, into, max_error, seed, report_table(title), heads, notes)
     work.tensors = _plan(work, untie)
     made = {
         "adapters": [{"name": s.group.name, "mark": s.mark} for s in opened], "weights": factors, "rule": rule,
         "parameters": values, "seed": seed, "into": into, "max_error": max_error, "untie": untie,
+        "heads": heads,
     }  # fmt: skip
     with Staging(out, made, model.files) as stage:
         made_of = Made(work)
         outputs = outputs_of(work, made_of)
-        for header in model.files:
-            name = header.file.name
+        metadata = {header.file.name: header.metadata for header in model.files} | {HEAD_TENSORS: {"format": "pt"}}
+        if model.codec is not None and into == "dequantised":
+            metadata = dict.fromkeys(metadata, {"format": "pt"})
+        for name in [n for n in metadata if n != HEAD_TENSORS or any(o.file == n for o in outputs)]:
             if name in stage.done:
                 add_rows(work.report, stage.done[name])
                 continue
             before = len(work.report)
-            metadata = {"format": "pt"} if model.codec is not None and into == "dequantised" else header.metadata
-            stage.write(name, [output for output in outputs if output.file == name], metadata)
+            stage.write(name, [output for output in outputs if output.file == name], metadata[name])
             stage.record(name, [list(row) for row in work.report.rows[before:]])
             made_of.forget()
         record = {**made, "base": str(base), "report": work.report.records()}
-        stage.finish(model.folder, outputs, _config(work), record, partial(_check_whole, work))
+        alone = {o.name: o.shape for o in outputs if o.file == HEAD_TENSORS}
+        if alone:
+            name = opened[0].base["class"]
+            stage.put(HEAD, head_entry(name, model.prefix.rstrip("."), notes, alone))
+            work.report.notes.append(_how_to_load(work, name, list(alone), out))
+        kept = [output for output in outputs if output.file != HEAD_TENSORS]
+        stage.finish(model.folder, kept, _config(work), record, partial(_check_whole, work))
     return work.report
 
 
@@ -116,7 +136,7 @@ def _plan(work: Merge, untie: bool) -> list[MergedTensor]:
     raise_all(ties.never_called(work.base.root, [tensor.site for tensor in tied], prefix=work.base.prefix))
     if tied:
         _untie(work, tied)
-    return list(found.values())
+    return [tensor for tensor in found.values() if tensor.group is not None or work.heads != "drop"]
 
 
 def _place(work: Merge, tensor: MergedTensor, untie: bool) -> list[TrimtabError]:
@@ -149,14 +169,11 @@ def _place(work: Merge, tensor: MergedTensor, untie: bool) -> list[TrimtabError]
         return [NotMergeable(f"{site.path} has no bias in this architecture, and {site.name} would need one; merge it in memory")]
     if any(whole_value(effect) is None for effect in effects):
         return [NotMergeable(f"{base.folder} holds no values for {site.name}, so that there is nothing to merge into")]
-    everywhere = len(tensor.chains) == len(work.weights) and abs(sum(work.weights) - 1) < 1e-9 and work.rule.name == "linear"
-    if not everywhere:
-        return [
-            NotMergeable(
-                f"{site.name} is new, and {base.folder} has no values that it would be a change of; only an average of adapters "
-                "that all have it is defined (rule='linear', weights that sum to 1)"
-            )
-        ]
+    place = Place(site, [(number, chains[0][0]) for number, chains in tensor.chains.items()])
+    try:
+        head_value(place, [whole_value(effect) for _, effect in place.effects], work.weights, work.heads)
+    except TrimtabError as error:
+        return [error]
     return []
 
 
@@ -200,7 +217,7 @@ def _check_whole(work: Merge, folder: Path) -> None:
         NotMergeable: with the names.
     """
     base = work.base
-    keys = [key for header in read_files(folder) for key in header.entries]
+    keys = [key for header in read_files(folder) for key in header.entries]  # a head in a file of its own is not among them
     if base.codec is not None and work.into != "dequantised":
         inside = {part: name for name, parts in base.parts.items() for part in parts}
         keys = list(dict.fromkeys(inside.get(key, key) for key in keys))
@@ -228,7 +245,26 @@ def _config(work: Merge) -> dict[str, Any]:
     heads = [t for t in work.tensors if t.group is None]
     if heads and not base.prefix:  # a head that the class has and the checkpoint had not
         config["architectures"] = [base.class_name]
-        if base.labels is not None:
-            config["id2label"] = {str(i): f"LABEL_{i}" for i in range(base.labels)}
-            config["label2id"] = {f"LABEL_{i}": i for i in range(base.labels)}
+    labels = work.notes.get("labels")
+    if labels is None and heads and base.labels is not None:
+        labels = [f"LABEL_{i}" for i in range(base.labels)]
+    if labels is not None and not base.prefix:  # beside the prefix is a head that is no part of this config's model
+        config["id2label"] = {str(i): label for i, label in enumerate(labels)}
+        config["label2id"] = {label: i for i, label in enumerate(labels)}
+        if "pad_token_id" in work.notes:
+            config["pad_token_id"] = work.notes["pad_token_id"]
     return config
+
+
+def _how_to_load(work: Merge, class_name: str, names: list[str], out: Path) -> str:
+    """What to do with a folder that no class of transformers loads whole."""
+    pooling = work.notes.get("pooling")
+    how = f", on the {'first' if pooling == 'cls' else pooling} of its tokens" if pooling else ""
+    use = "put them together as you did for training"
+    if class_name == "PooledClassifier":
+        use = f'trimtab.tasks.text_classification.PooledClassifier.from_merged("{out}") loads both'
+    kind = work.base.class_name
+    return (
+        f"no class of transformers is this {class_name} ({', '.join(names)} beside a {kind}{how}): {out} is the merged {kind} for "
+        f"transformers, and the head stands in {HEAD_TENSORS} with {HEAD}; {use}"
+    )

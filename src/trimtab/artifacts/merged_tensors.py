@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from trimtab.artifacts.base import values_in
 from trimtab.artifacts.combine import place_seed
+from trimtab.artifacts.heads import head_value
 from trimtab.artifacts.rules import RuleEntry
 from trimtab.artifacts.saved import Saved
 from trimtab.artifacts.shards import Output
-from trimtab.artifacts.updates import whole_value
+from trimtab.artifacts.updates import Place, whole_value
+from trimtab.compat.head_file import HEAD_TENSORS
 from trimtab.compat.pretrained import Pretrained
 from trimtab.compat.safetensors_file import Header, dtype_name
 from trimtab.compat.weight_names import Group
@@ -51,6 +53,8 @@ class Merge:
     """The resolved work.
 
     Attributes:
+        heads: what becomes of heads that the base has no values for.
+        notes: what the adapters remember of their model.
         flags: where in the config a flag that ties a merged tensor is turned off; ``model`` is the model without it.
         loose: names of parameters that shared a tensor through it and need one of their own.
     """
@@ -64,6 +68,8 @@ class Merge:
     max_error: float | None
     seed: int
     report: Table
+    heads: str = "average"
+    notes: dict[str, Any] = field(default_factory=dict)
     tensors: list[MergedTensor] = field(default_factory=list)
     flags: list[tuple[str, ...]] = field(default_factory=list)
     loose: list[str] = field(default_factory=list)
@@ -86,11 +92,12 @@ def outputs_of(work: Merge, made: Made) -> list[Output]:
                 shape = None if base.codec is not None else entry.shape
                 outputs[key] = Output(file, key, entry.dtype, shape, partial(made.part, changed[key], key))
             else:
-                outputs[key] = Output(file, key, entry.dtype, entry.shape, partial(_copy, header, key))
+                outputs[key] = Output(file, key, entry.dtype, entry.shape, partial(_copy, header, key), entry.end - entry.begin)
     for t in work.tensors:
         shape = tuple(t.site.parameter().shape)
         if t.group is None:
-            outputs[t.name] = Output(base.files[-1].file.name, t.name, dtype_name(base.dtype), shape, partial(made.own, t))
+            home = HEAD_TENSORS if base.prefix else base.files[-1].file.name  # no class of the model has a head beside its prefix
+            outputs[t.name] = Output(home, t.name, dtype_name(base.dtype), shape, partial(made.own, t))
             continue
         header = base.where[base.keys(t.group)[0]]
         home, dtype = header.file.name, header.entries[base.keys(t.group)[0]].dtype
@@ -162,8 +169,8 @@ def _merged(work: Merge, tensor: MergedTensor) -> Tensor:
     """The parameter to store; its row goes into the report."""
     site, dtype, scratch = tensor.site, accumulate(tensor.site), report_table("")
     if tensor.group is None:  # whole values: nothing is rounded but their own average
-        wholes = [whole_value(chains[0][0]) for chains in tensor.chains.values()]
-        new = sum(w * v.to(dtype) for w, v in zip(work.weights, wholes, strict=True))
+        place = Place(site, [(number, chains[0][0]) for number, chains in tensor.chains.items()])
+        new, _ = head_value(place, [whole_value(effect) for _, effect in place.effects], work.weights, work.heads)
         new = site.unmatrix(new).reshape(site.parameter().shape).to(work.base.dtype)
         row = path_of(site), "x".join(map(str, site.shape)), str(new.dtype).removeprefix("torch."), 0.0, 0.0, 0.0
         add_rows(work.report, [row])

@@ -31,10 +31,12 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.artifacts import coding
+from trimtab.artifacts.packed_entries import is_entry
 from trimtab.core import cut, fingerprint
 from trimtab.core.checkpoint import FORMATS, install, rebuild
 from trimtab.core.contracts import Adapter
 from trimtab.core.errors import CheckpointMismatch, Unsupported
+from trimtab.core.folders import waiting, writing
 from trimtab.core.reading import LONGEST, inflate, parse_json, regular_size
 from trimtab.core.state import unwrap
 
@@ -44,9 +46,6 @@ MAGIC, VERSION, SUFFIX = b"TRIMTERN", 1, ".tern"
 HEAD, FRAME, CRC = struct.Struct("<8sII"), struct.Struct("<4sI"), struct.Struct("<I")
 END = struct.Struct("<I16s")
 ENTRIES = 1 << 22  # of a frame
-_LARGEST = torch.finfo(torch.float32).max
-STORES = ("ternary", "start", "raw", "float16", "bfloat16", "int8")
-STARTS = ("zero", "made", "base", "held", "other")
 #: entries that a file may stand for: this many, and so many more a byte (at a density of 0.01 % a byte holds some five thousand)
 FREE, DENSEST = 1 << 26, 1 << 13
 #: bytes that a header may become: this many, and so many times its own (one of many alike places becomes thirty times as long)
@@ -85,17 +84,6 @@ class Entry:
         if len(self.shape) < 2 or not 0 < self.shape[-1] <= ENTRIES:
             return self.numel, 1
         return self.numel // self.shape[-1], self.shape[-1]
-
-
-def _is_entry(row: Any) -> bool:
-    """Whether a list of the header can be an ``Entry``."""
-    if not isinstance(row, list) or not 4 <= len(row) <= 7:
-        return False
-    key, dtype, shape, store, start, scale, fitted = row + ["zero", 0.0, False][len(row) - 4 :]
-    names = isinstance(key, str) and isinstance(getattr(torch, str(dtype), None), torch.dtype)
-    sizes = isinstance(shape, list) and len(shape) <= 64 and all(type(n) is int and 0 <= n < 1 << 48 for n in shape)
-    number = isinstance(scale, int | float) and not isinstance(scale, bool) and abs(scale) <= _LARGEST
-    return names and sizes and number and store in STORES and start in STARTS and isinstance(fitted, bool)
 
 
 @dataclass(frozen=True)
@@ -149,27 +137,34 @@ def write(path: Path, header: dict[str, Any], frames: Sequence[Callable[[], tupl
     text = zlib.compress(json.dumps(header, separators=(",", ":"), sort_keys=True).encode(), 9)
     head = HEAD.pack(MAGIC, VERSION, len(text)) + text
     head += CRC.pack(zlib.crc32(head))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    stage = path.with_name(f".{path.name}.part")
-    done, size = _written(stage, head, len(frames))
-    try:
-        with open(stage, "r+b" if size else "wb") as stream:
-            stream.truncate(size)
-            stream.seek(size)
-            if not size:
-                stream.write(head)
-            for make in frames[done:]:
-                stream.write(_sealed(*make()))
-            stream.flush()
-            digest = _digest(stage)
-            stream.write(_sealed(b"end ", END.pack(len(frames), digest)))
-            stream.flush()
-            os.fsync(stream.fileno())
-    except Exception:
-        stage.unlink()  # an error is no interruption: the job would fail again
-        raise
-    os.replace(stage, path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stage = path.with_name(f".{path.name}.part")
+        with waiting(path, "compresses into"):
+            try:
+                _fill(stage, head, frames)
+                os.replace(stage, path)
+            except Exception:
+                stage.unlink(missing_ok=True)  # an error is no interruption: the job would fail again
+                raise
     return path.stat().st_size
+
+
+def _fill(stage: Path, head: bytes, frames: Sequence[Callable[[], tuple[bytes, bytes]]]) -> None:
+    """Write the frames that an earlier process has not, and the end."""
+    done, size = _written(stage, head, len(frames))
+    with open(stage, "r+b" if size else "wb") as stream:
+        stream.truncate(size)
+        stream.seek(size)
+        if not size:
+            stream.write(head)
+        for make in frames[done:]:
+            stream.write(_sealed(*make()))
+        stream.flush()
+        digest = _digest(stage)
+        stream.write(_sealed(b"end ", END.pack(len(frames), digest)))
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def _sealed(tag: bytes, payload: bytes) -> bytes:
@@ -233,7 +228,7 @@ class Packed:
         for key, kind in (("tensors", list), ("coding", str), ("kind", str)):
             if not isinstance(self.header.get(key), kind):
                 raise self._bad(HEAD.size, f"its header lacks or garbles {key!r}")
-        odd = [row for row in self.header["tensors"] if not _is_entry(row)]
+        odd = [row for row in self.header["tensors"] if not is_entry(row)]
         if odd:
             raise self._bad(HEAD.size, f"its header says of a tensor what none has: {repr(odd[0])[:200]}")
         self.entries = [Entry(key, dtype, tuple(shape), *rest) for key, dtype, shape, *rest in self.header["tensors"]]
@@ -345,12 +340,10 @@ class _Format:
             return path.suffix == SUFFIX or stream.read(len(MAGIC)) == MAGIC
 
     @staticmethod
-    def load(
-        root: nn.Module, path: Path, *, name: str | None, trainable: bool, active: bool | None, check_base: bool = True
-    ) -> str:
-        """Attach the compressed adapter in the file ``path`` to its base."""
+    def load(root: nn.Module, path: Path, *, name: str | None, check_base: bool = True, **how: Any) -> str:
+        """Attach the compressed adapter in the file ``path`` to its base; ``how``: ``trainable`` and ``active`` of ``install``."""
         own, adapters, tensors = _Format.read(root, path, check_base=check_base)
-        return install(root, adapters, tensors, name=name or own, trainable=trainable, active=active, source=str(path))
+        return install(root, adapters, tensors, name=name or own, source=str(path), **how)
 
     @staticmethod
     def read(

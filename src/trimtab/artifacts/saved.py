@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from trimtab.artifacts.base import Base, check, sample_of, values_in
 from trimtab.artifacts.skeleton import skeleton
-from trimtab.core.checkpoint import fill, formats, read_manifest, read_tensors, rebuild
+from trimtab.core.adapter_folder import adapter_in
+from trimtab.core.checkpoint import fill, formats, read_manifest, read_saved, rebuild
 from trimtab.core.contracts import Adapter
 from trimtab.core.errors import Unsupported
 from trimtab.core.recognition import check_options, recognise
@@ -33,6 +34,7 @@ class Saved:
         group: its adapters, in evaluation mode, and its name.
         base: the sample of its base's weights that it carries, empty where its format has none.
         mark: a hash of its files' content.
+        notes: what it remembers of its model (see ``core.notes``).
     """
 
     source: str
@@ -40,6 +42,7 @@ class Saved:
     group: Group
     base: dict[str, Any]
     mark: str
+    notes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def adapters(self) -> list[Adapter]:
@@ -82,13 +85,13 @@ def open_saved(path: str | os.PathLike, base: Base | None = None, **options: Any
         CheckpointMismatch: damaged, foreign, or another base's. NoMatch, ShapeMismatch: it does not fit the base.
         Unsupported: its format needs the base.
     """
-    path = Path(path)
+    path = adapter_in(Path(path))
     kind = detect(path)
+    notes: dict[str, Any] = {}
     check_options(kind, None if kind == "trimtab" else formats()[kind], options, path)
     if kind == "trimtab":
-        manifest = read_manifest(path)
-        tensors = read_tensors(path, manifest)
-        name, sample, mark = manifest["name"], manifest["base"], manifest["seal"]
+        manifest, tensors = read_saved(path)
+        name, sample, mark, notes = manifest["name"], manifest["base"], manifest["seal"], manifest.get("model", {})
         root, view = (skeleton(manifest["places"], sample["class"]) if base is None else base.root), None
         if "cut" in manifest:
             if base is None:
@@ -98,13 +101,12 @@ def open_saved(path: str | os.PathLike, base: Base | None = None, **options: Any
             manifest, tensors, view = widened(root, manifest, tensors)
         adapters = rebuild(root, manifest)
         if base is not None:
-            check(base, sample, str(path), view=view)
+            check(base, sample, str(path), adapters=adapters, view=view)
         if view is not None:  # what is made of it is for the whole base
-            sample = sample_of(base, [adapter.site for adapter in adapters])
+            sample = sample_of(base, adapters)
     else:
         name, adapters, tensors = _read(path, kind, base, options)
-        sites = [adapter.site for adapter in adapters]
-        sample = {"class": "unknown", "samples": {}} if base is None else sample_of(base, sites)
+        sample = {"class": "unknown", "samples": {}} if base is None else sample_of(base, adapters)
         mark = _mark(path, options)
     for adapter in adapters:
         if adapter.site.is_meta:
@@ -112,7 +114,7 @@ def open_saved(path: str | os.PathLike, base: Base | None = None, **options: Any
     fill(adapters, tensors, str(path))
     for adapter in adapters:
         adapter.eval().requires_grad_(False)
-    return Saved(str(path), kind, Group(name, adapters, trainable=False), sample, mark)
+    return Saved(str(path), kind, Group(name, adapters, trainable=False), sample, mark, notes)
 
 
 def _read(path: Path, kind: str, base: Base | None, options: dict[str, Any]) -> tuple[str, list[Adapter], dict[str, Tensor]]:

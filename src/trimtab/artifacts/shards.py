@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import hashlib
 import json
 import math
@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -19,14 +19,14 @@ from trimtab import __version__
 from trimtab.compat.model_config import read_config
 from trimtab.compat.pretrained import INDEX
 from trimtab.compat.safetensors_file import Header, read_header, write_file
-from trimtab.core.errors import TrimtabError, Unsupported
-from trimtab.core.files import sync
+from trimtab.core.errors import NotMergeable, TrimtabError
+from trimtab.core.files import locked, sync
+from trimtab.core.folders import writing
 from trimtab.core.reading import read_json
 
 __all__ = ["Output", "Staging"]
 
 PROGRESS = "progress.json"
-LOCK = "lock"
 RECORD = "trimtab_merge.json"
 #: endings of weights and of what belongs to them; all else in a model's folder is copied
 _WEIGHTS = (
@@ -45,6 +45,7 @@ class Output:
         dtype: as safetensors names it.
         shape: its shape; None where only the tensor tells it (a quantised weight's notes).
         produce: gives the tensor, or where its bytes stand in another file.
+        size: in bytes, where they are copied.
     """
 
     file: str
@@ -52,6 +53,7 @@ class Output:
     dtype: str
     shape: tuple[int, ...] | None
     produce: Callable[[], Tensor | tuple[Header, str]]
+    size: int | None = None
 
 
 class Staging:
@@ -65,7 +67,7 @@ class Staging:
         files: the base's.
 
     Raises:
-        Unsupported: another process works on the same ``out``.
+        Busy: another process works on the same ``out``. WriteError: a full disk, a read-only folder.
     """
 
     def __init__(self, out: Path, job: dict[str, Any], files: Sequence[Header]):
@@ -75,16 +77,18 @@ class Staging:
         text = json.dumps([__version__, job, marks], sort_keys=True, default=str)
         self.job = hashlib.sha256(text.encode()).hexdigest()
         self.done: dict[str, list[list[Any]]] = {}
-        self._lock: IO | None = None
 
     def __enter__(self) -> Staging:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(writing(self.out))
+            stack.enter_context(locked(self.out, "is merging into"))
+            self._begin()
+            self._held = stack.pop_all()
+        return self
+
+    def _begin(self) -> None:
+        """Take up what an earlier process of the same job left, and remove all else of it."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.folder / LOCK, "w")  # held until the work ends
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise Unsupported(f"another process is merging into {self.out}; wait for it, or choose another folder") from None
         try:
             progress = json.loads((self.folder / PROGRESS).read_text("utf-8"))
         except (FileNotFoundError, json.JSONDecodeError):
@@ -92,25 +96,25 @@ class Staging:
         if progress.get("job") == self.job:
             self.done = {name: rows for name, rows in progress["done"].items() if (self.folder / name).is_file()}
         for entry in self.folder.iterdir():
-            if entry.name not in {LOCK, PROGRESS, *self.done}:
+            if entry.name not in {PROGRESS, *self.done}:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> bool | None:
         if kind is not None and issubclass(kind, TrimtabError):
             shutil.rmtree(self.folder, ignore_errors=True)
-        self._lock.close()
+        return self._held.__exit__(kind, error, trace)
 
     def write(self, file: str, outputs: Sequence[Output], metadata: dict[str, str]) -> None:
         """One file of weights, whole or not at all."""
         by_name = {output.name: output for output in outputs}
         listed = [(o.name, o.dtype, o.shape) for o in outputs]
-        write_file(self.folder / file, listed, lambda name: by_name[name].produce(), metadata=metadata)
+        sizes = {output.name: output.size for output in outputs if output.size is not None}
+        write_file(self.folder / file, listed, lambda name: by_name[name].produce(), metadata=metadata, sizes=sizes)
 
     def record(self, file: str, rows: list[list[Any]]) -> None:
         """Note that ``file`` is finished, and what was reported while it was written."""
         self.done[file] = rows
-        self._put(PROGRESS, {"job": self.job, "done": self.done})
+        self.put(PROGRESS, {"job": self.job, "done": self.done})
 
     def finish(
         self, source: Path, outputs: Sequence[Output], config: dict[str, Any], record: dict[str, Any],
@@ -129,23 +133,25 @@ class Staging:
                 shutil.copyfile(entry, self.folder / entry.name)
         if config:
             old = read_config(self.folder)
-            self._put("config.json", {k: v for k, v in {**old, **config}.items() if v is not None})
+            self.put("config.json", {k: v for k, v in {**old, **config}.items() if v is not None})
         if (source / INDEX).is_file():
             about = read_json(source / INDEX).get("metadata")
             written = [e for name in {o.file for o in outputs} for e in read_header(self.folder / name).entries.values()]
             metadata = {**(about if isinstance(about, dict) else {}), "total_size": sum(e.end - e.begin for e in written)}
             if "total_parameters" in metadata:
                 metadata["total_parameters"] = sum(math.prod(e.shape) for e in written)
-            self._put(INDEX, {"metadata": metadata, "weight_map": {o.name: o.file for o in sorted(outputs, key=lambda o: o.name)}})
-        self._put(RECORD, {"trimtab": __version__, **record})
+            self.put(INDEX, {"metadata": metadata, "weight_map": {o.name: o.file for o in sorted(outputs, key=lambda o: o.name)}})
+        self.put(RECORD, {"trimtab": __version__, **record})
         check(self.folder)
         for file in self.folder.iterdir():
             sync(file)
         (self.folder / PROGRESS).unlink(missing_ok=True)
-        (self.folder / LOCK).unlink()
+        if os.path.lexists(self.out):
+            raise NotMergeable(f"{self.out} came to be while the merge was at work; choose another folder for the merged model")
         os.replace(self.folder, self.out)
 
-    def _put(self, name: str, content: Any) -> None:
+    def put(self, name: str, content: Any) -> None:
+        """A JSON file of the folder, whole or not at all."""
         draft = self.folder / f".{name}.part"
         draft.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", "utf-8")
         sync(draft)

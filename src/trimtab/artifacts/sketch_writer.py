@@ -43,7 +43,7 @@ class SketchWriter:
         }  # fmt: skip
         if is_sketch(folder):
             self._take_up()
-        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        elif folder.exists() and (not folder.is_dir() or any(not _is_draft(path) for path in folder.iterdir())):
             raise Unsupported(f"{folder} exists and is no sketch; choose another folder, or empty it")
 
     def _take_up(self) -> None:
@@ -68,11 +68,11 @@ class SketchWriter:
     def begin(self) -> None:
         """Make the folder, with the source's other files."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._write_manifest()  # first, so that whoever comes after a kill knows what was begun here
         for path in self.plan.source.others():
             (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
             with new_file(self.folder / path) as stage:
                 shutil.copyfile(self.plan.source.folder / path, stage)
-        self._write_manifest()
 
     def finished(self, shard: Shard) -> bool:
         """Whether ``shard`` is there."""
@@ -101,6 +101,11 @@ class SketchWriter:
     def _write_manifest(self) -> None:
         sealed = {**self.manifest, "seal": seal(self.manifest)}
         write_text(self.folder / MANIFEST, json.dumps(sealed, indent=1) + "\n")
+
+
+def _is_draft(path: Path) -> bool:
+    """Whether a killed writer left it, before the sketch had its manifest."""
+    return path.name.startswith(f".{MANIFEST}.") and path.name.endswith(".part")
 
 
 def write_shard(file: Path, tensors: Mapping[str, Tensor]) -> str:

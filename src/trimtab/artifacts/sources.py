@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import fnmatch
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from trimtab.core.contracts import Selection
 from trimtab.core.errors import CheckpointMismatch, NoMatch, ShapeMismatch, TrimtabError, Unsupported, nearest, raise_all
 from trimtab.core.registry import config_from_dict
 
-__all__ = ["Source", "from_adapter", "from_weights", "unpack_base"]
+__all__ = ["Source", "content_of", "from_adapter", "from_weights", "unpack_base"]
 
 OWN = ("format", "version", "tensors", "file", "sha256", "seal", "base")  # of a manifest: what is written anew
 BASE_TENSORS = 4  # of the base's sample in a manifest; 128 values tell two bases apart
@@ -219,7 +220,18 @@ def _against(folder: Path, reference: Path, tensors: Mapping[str, Tensor]) -> tu
     values = read_tensors(reference, other)
     shapes = ({key: tuple(value.shape) for key, value in found.items()} for found in (tensors, values))
     _same(folder, next(shapes), reference, next(shapes))
-    return values, dict.fromkeys(values, "other"), {"reference": "other", "reference_id": other["sha256"]}
+    marks = {"reference_id": other["sha256"], "reference_content": content_of(values)}
+    return values, dict.fromkeys(values, "other"), {"reference": "other", **marks}
+
+
+def content_of(tensors: Mapping[str, Tensor]) -> str:
+    """A digest of names, shapes, dtypes and all values: equal for two saves of one adapter, whatever their files' bytes."""
+    digest = hashlib.blake2b(digest_size=16)
+    for key in sorted(tensors):
+        value = tensors[key].detach().cpu().contiguous()
+        digest.update(repr((key, str(value.dtype), tuple(value.shape))).encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _same(a: Path, ours: Mapping[str, tuple], b: Path, theirs: Mapping[str, tuple]) -> None:

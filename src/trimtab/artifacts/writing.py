@@ -57,6 +57,7 @@ def write_adapters(
     model: Base | None,
     format: str = "trimtab",
     made: dict[str, Any] | None = None,
+    notes: dict[str, Any] | None = None,
     **options: Any,
 ) -> None:
     """Save ``adapters`` as one, atomically.
@@ -66,14 +67,16 @@ def write_adapters(
         model: the base, if there is one; other formats name its modules.
         format: ``"trimtab"`` or another that can be written.
         made: how it came about, for the manifest.
+        notes: what it remembers of its model, likewise.
         options: of the format's ``save``.
 
     Raises:
         Unsupported: the format is unknown, or cannot hold the adapters.
     """
+    more = {key: value for key, value in (("made", made), ("model", notes)) if value}
     if format == "trimtab":
         check_options(format, None, options, out)
-        save_group(Group(name, list(adapters), trainable=False), out, base=base, **({"made": made} if made else {}))
+        save_group(Group(name, list(adapters), trainable=False), out, base=base, **more)
         return
     if format not in formats():
         raise Unsupported(f"unknown format {format!r}{nearest(format, ['trimtab', *formats()])}")

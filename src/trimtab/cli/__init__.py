@@ -12,6 +12,7 @@ import importlib
 import os
 import pkgutil
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 
 __all__ = ["commands", "main"]
@@ -58,6 +59,19 @@ def _app():
     return app
 
 
+def _note(message: Warning | str, category: type[Warning], file: str, line: int, text: str | None = None) -> str:
+    """A warning of trimtab's as a line; those of others as Python shows them."""
+    if "trimtab" in file and issubclass(category, UserWarning):
+        return f"trimtab: note: {message}\n"
+    return f"{file}:{line}: {category.__name__}: {message}\n"
+
+
+def _of_system(error: OSError) -> str:
+    """What the system said of a file, as a sentence."""
+    about = f"{error.filename}: " if error.filename is not None else ""
+    return f"{about}{error.strerror or error}; check the path, its rights, and the room on the disk"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is 0, 2 for an error that has a sentence, or what the shell expects of an interrupt.
 
@@ -73,13 +87,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # the option may stand anywhere, also behind the command's own arguments
     given = [argument for argument in given if argument != "--debug"]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    shown, warnings.formatwarning = warnings.formatwarning, _note
     try:
         _app()(given)
-    except TrimtabError as error:
+    except (TrimtabError, OSError) as error:
         if debug:
             raise
-        print(f"trimtab: {error}", file=sys.stderr)
+        print(f"trimtab: {error if isinstance(error, TrimtabError) else _of_system(error)}", file=sys.stderr)
         return 2
     except SystemExit as finished:  # how typer ends, with the exit code of usage errors and interrupts
         return finished.code if isinstance(finished.code, int) else 0
+    finally:
+        warnings.formatwarning = shown
     return 0

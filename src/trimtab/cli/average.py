@@ -35,7 +35,7 @@ def command(
     from trimtab.core.errors import Unsupported
     from trimtab.core.table import Table
     from trimtab.training.files import write_text
-    from trimtab.training.run import CONFIG
+    from trimtab.training.folder import CONFIG
     from trimtab.training.scoring import scorer
 
     settings = {

@@ -27,8 +27,8 @@ def command(
 
     from trimtab.artifacts.expand import expand
     from trimtab.artifacts.packed import Packed
+    from trimtab.training.folder import CONFIG
     from trimtab.training.models import load_pretrained
-    from trimtab.training.run import CONFIG
     from trimtab.training.scoring import scorer
 
     print(json.dumps({"packed": str(packed), "out": str(out), "base": base, "reference": str(reference) if reference else None}))

@@ -30,6 +30,9 @@ def command(
     name: Annotated[str | None, typer.Option("--name", help="Of the new adapter; default: the names joined with +.")] = None,
     format: Annotated[str, typer.Option("--format", help="Of the new adapter: trimtab or peft.")] = "trimtab",
     seed: Annotated[int, typer.Option("--seed", help="Of rules that draw.")] = 0,
+    heads: Annotated[
+        str, typer.Option("--heads", help="Heads that the base has no values for: average, first (the first adapter's) or drop.")
+    ] = "average",
     rules: Annotated[bool, typer.Option("--rules", help="List the rules, and stop.")] = False,
 ) -> None:
     """Merge adapters: into the base (a model folder that transformers loads), or several into one adapter.
@@ -61,12 +64,14 @@ def command(
     more = assignments(settings or (), "density=0.3")
     _unfit({"--rank": rank, "--name": name, "--format": None if format == "trimtab" else format}, kind == "adapter", kind)
     _unfit({"--into": into, "--untie": untie or None}, kind == "model", kind)
-    common: dict[str, Any] = {"weights": numbers, "rule": rule, "max_error": max_error, "seed": seed, **more}
+    common: dict[str, Any] = {"weights": numbers, "rule": rule, "max_error": max_error, "seed": seed, "heads": heads, **more}
     if kind == "model" and len(adapters) == 1 and is_sketch(resolve(base)):
         print(_merge_modules(adapters[0], base, out, into=into, max_error=max_error, untie=untie))
     elif kind == "model":
         print(merge_checkpoint(adapters, base, out=out, into=into, untie=untie, **common))
     else:
+        if out.exists():
+            raise Unsupported(f"{out} exists already; choose another folder for the merged adapter")
         print(combine(adapters, out, rank=rank, base=base, name=name, format=format, **common))
     print(f"wrote {out}")
 

@@ -23,9 +23,11 @@ def command(
     rank: Annotated[int | None, typer.Option("--rank", help="Of the LoRA, where the method's update is dense.")] = None,
     max_error: Annotated[float | None, typer.Option("--max-error", help="Or the relative error that its rank may make.")] = None,
     name: Annotated[str | None, typer.Option("--name", help="Of the new adapter; default: the old one's.")] = None,
+    heads: Annotated[str, typer.Option("--heads", help="A head of the adapter's own: average or first keep it, drop.")] = "average",
 ) -> None:
     """Move an adapter to a base of equal shape without data, through the subspaces of its weights; a base line for transfer."""
     from trimtab.artifacts.project import project
 
-    print(project(adapter, out, target=target, source=source, energy=energy, rank=rank, max_error=max_error, name=name))
+    more = {"energy": energy, "rank": rank, "max_error": max_error, "name": name, "heads": heads}
+    print(project(adapter, out, target=target, source=source, **more))
     print(f"wrote {out}")

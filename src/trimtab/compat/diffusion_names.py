@@ -9,6 +9,7 @@ diffusers      ``unet.down_blocks.0.attentions.0.proj_in.lora_A.weight``        
 diffusers <1   ``down_blocks.0.[...].attn1.processor.to_q_lora.down.weight``                 ``...attn1.to_q``
 diffusers <1   ``text_encoder.[...].q_proj.lora_linear_layer.down.weight``                   as it is
 ComfyUI        ``diffusion_model.double_blocks.0.img_attn.qkv.lora_B.weight``                the original code's
+XLabs          ``double_blocks.0.processor.qkv_lora1.down.weight``                           ``double_blocks.0.img_attn.qkv``
 =============  ==========================================================================  ================================
 
 The original code's names of the Stable Diffusion UNets and of Flux are found under diffusers' names; Flux' fused projections are
@@ -32,6 +33,7 @@ _LOW_RANK = re.compile(
     r"(?P<name>.+?)(?:\.lora_(?P<peft>[AB])(?:\.[^.]+)?|[._]lora\.(?P<old>down|up)|\.lora_linear_layer\.(?P<text>down|up))"
     r"\.weight"
 )
+_XLABS = re.compile(r"(?P<name>.+)\.processor\.(?P<slot>qkv|proj)_lora(?P<side>[12]?)\.(?P<old>down|up)\.weight")
 _MAGNITUDE = re.compile(r"(?P<name>.+?)\.lora_magnitude_vector(?:\.[^.]+)*")
 _PLAIN = re.compile(
     r"(?P<name>.+?)\.(?P<factor>lora_(?:down|up|mid)\.weight|hada_[wt][12](?:_[ab])?|lokr_[wt][12](?:_[ab])?|"
@@ -47,6 +49,9 @@ _DOTTED_PART = re.compile(
 
 def split_key(key: str) -> tuple[str, str] | None:
     """The module's name and the factor, as kohya and LyCORIS call it; None if the name is of no known kind."""
+    if match := _XLABS.fullmatch(key):
+        attention = {"1": "img_attn.", "2": "txt_attn.", "": ""}[match["side"]]
+        return f"{match['name']}.{attention}{match['slot']}", f"lora_{match['old']}.weight"
     if match := _LOW_RANK.fullmatch(key):
         down = "down" in (match["old"], match["text"]) or match["peft"] == "A"
         return match["name"].replace(".processor.", "."), "lora_down.weight" if down else "lora_up.weight"
@@ -112,6 +117,7 @@ _DOUBLE = {
 }  # fmt: skip
 _SINGLE = {
     "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), "linear2": ("proj_out",), "modulation_lin": ("norm.linear",),
+    "qkv": ("attn.to_q", "attn.to_k", "attn.to_v"), "proj": ("proj_out",),  # XLabs' names
 }  # fmt: skip
 _FLUX = {
     "img_in": "x_embedder", "txt_in": "context_embedder", "final_layer_linear": "proj_out",

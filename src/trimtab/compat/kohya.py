@@ -20,7 +20,7 @@ from trimtab.compat.safetensors_file import read_header
 from trimtab.core.checkpoint import FORMATS
 from trimtab.core.contracts import Adapter
 from trimtab.core.errors import CheckpointMismatch, NoMatch, TrimtabError, Unsupported, nearest
-from trimtab.core.reading import check_fields, parse_json
+from trimtab.core.reading import check_fields, check_pattern, parse_json
 
 __all__ = ["KohyaFile"]
 
@@ -137,6 +137,8 @@ class _Scales:
         numbers = [mine.get("lora_alpha", 8), *(value for table in tables for value in table.values())]
         if mine["r"] is None or mine["r"] < 1 or any(isinstance(n, bool) or not isinstance(n, int | float) for n in numbers):
             raise CheckpointMismatch(f"{source} say a rank or an alpha that is no number")
+        for pattern in (key for table in tables for key in table):
+            check_pattern(pattern, source)
         self.config = mine
 
     def at(self, name: str) -> float | None:

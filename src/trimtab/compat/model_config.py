@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.core.errors import CheckpointMismatch, TrimtabError, Unsupported, raise_all
-from trimtab.core.reading import read_json
+from trimtab.core.reading import check_fields, read_json
 
 __all__ = ["config_class", "read_config"]
 
@@ -34,6 +34,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = read_json(file, finite=False)
     if not isinstance(config, dict):
         raise CheckpointMismatch(f"{file} is damaged: it is no JSON object")
+    check_fields(config, {"model_type": str, "architectures": list, "auto_map": dict}, str(file))
+    if not all(isinstance(name, str) for name in config.get("architectures") or ()):
+        raise CheckpointMismatch(f"{file} says architectures={config['architectures']!r}, where names of classes are needed")
     raise_all(_too_many(config, file))
     return config
 

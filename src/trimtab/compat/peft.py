@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from trimtab.compat.peft_files import (
     CONFIG,
+    TENSORS,
     factor_places,
     others_config,
     read_config,
@@ -42,6 +43,7 @@ from trimtab.core.errors import (
     nearest,
     raise_all,
 )
+from trimtab.core.folders import steady
 from trimtab.core.kinds import site_for
 from trimtab.core.registry import get
 from trimtab.core.selection import Place
@@ -88,7 +90,12 @@ class PeftFolder:
 
     @staticmethod
     def read(root: nn.Module, folder: Path, *, trainable: bool = False) -> tuple[str, list[Adapter], dict[str, Tensor]]:
-        """Name, adapters with shapes only, and their tensors; raises as ``load`` does."""
+        """Name, adapters with shapes only, and their tensors, of one and the same save; raises as ``load`` does."""
+        files = [folder, folder / CONFIG, folder / TENSORS]
+        return steady(files, lambda: PeftFolder._read(root, folder, trainable))
+
+    @staticmethod
+    def _read(root: nn.Module, folder: Path, trainable: bool) -> tuple[str, list[Adapter], dict[str, Tensor]]:
         config = read_config(folder)
         if config["peft_type"] == "LN_TUNING":
             return "default", *read_norms(root, folder, config)

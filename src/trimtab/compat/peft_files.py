@@ -5,20 +5,20 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections.abc import Collection, Iterable, Sequence
 from functools import lru_cache
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
+from trimtab.compat.tensor_files import SUFFIXES
 from trimtab.compat.tensor_files import read_tensors as read_stored
 from trimtab.core.errors import CheckpointMismatch, Unsupported
-from trimtab.core.files import sync
-from trimtab.core.reading import check_fields, listed, read_json
+from trimtab.core.files import sweep
+from trimtab.core.folders import DRAFT, renewed, tensors_in, waiting, writing
+from trimtab.core.reading import check_fields, check_pattern, listed, read_json
 
 __all__ = [
     "CONFIG",
@@ -72,10 +72,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     for key, kind in (("rank_pattern", int), ("alpha_pattern", (int, float))):
         table = config.get(key) or {}
         check_fields(table, dict.fromkeys(table, kind), f"{key} in {file}")
+        for pattern in table:
+            check_pattern(pattern, str(file))
     for key in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "feedforward_modules"):
         names = config.get(key)
+        if isinstance(names, str):
+            check_pattern(names, str(file))
         if isinstance(names, list) and not all(isinstance(name, str) for name in names):
             raise CheckpointMismatch(f"{file} says {key}={names!r}, where names are needed")
+        for pattern in names if isinstance(names, list) and key in ("modules_to_save", "layers_pattern") else ():
+            check_pattern(pattern, str(file))
     return config
 
 
@@ -103,7 +109,29 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     if not file.is_file():
         inside = listed(p.name for p in folder.iterdir())
         raise CheckpointMismatch(f"{folder} is no whole peft adapter: it lacks {TENSORS} (found: {inside})")
+    _refuse_others(folder, file)
     return {key.replace("_orig_mod.", "").removeprefix(PREFIX): value for key, value in read_stored(file).items()}
+
+
+#: files of tensors beside an adapter that say nothing of what it computes: a trainer's own state, and the base itself
+_STATE = re.compile(
+    r"(optimizer|scheduler|scaler|rng_state|random_states|training_args|adapter_model|model-\d+-of-|pytorch_model-\d+-of-).*"
+)
+
+
+def _refuse_others(folder: Path, file: Path) -> None:
+    """Whatever else was trained and stands beside the adapter would be left out without a word.
+
+    Raises:
+        Unsupported: there is such a file, as LLaVA's ``non_lora_trainables.bin`` or a value head.
+    """
+    beside = [p for p in folder.iterdir() if p.suffix in SUFFIXES and p != file]
+    others = sorted(p.name for p in beside if not _STATE.fullmatch(p.name))
+    if others:
+        raise Unsupported(
+            f"{folder} holds {', '.join(others)} beside the adapter, which may have been trained with it (a projector, a value "
+            "head) and which peft's form does not know; put what it holds into the base, and move it elsewhere"
+        )
 
 
 #: names of a layer's two factors -> kind of the layer; shapes (r, in) and (out, r)
@@ -136,36 +164,28 @@ def factor_places(folder: Path, tensors: dict[str, Tensor]) -> list[dict[str, An
 
 
 def write_folder(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
-    """Write both files so that no interruption mixes old and new ones.
+    """Write both files so that no interruption mixes old and new ones, whoever reads them.
 
-    A new folder, or one whose config differs, is made beside the old one and renamed into its place; for an equal config
-    the tensors' file alone is replaced. Other files in the folder are kept.
+    For an equal config the tensors' file alone is replaced; otherwise a new folder takes the old one's place in one step. What
+    else is in the folder stays there. Two writers come one after the other.
+
+    Raises:
+        WriteError: a full disk, a read-only folder.
     """
     folder = folder.resolve()
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     tensors = {key: value.detach().to("cpu").contiguous().clone() for key, value in tensors.items()}
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    same = (folder / CONFIG).is_file() and (folder / CONFIG).read_text("utf-8") == text and not (folder / PICKLE).exists()
-    draft = folder if same else folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    draft.mkdir(exist_ok=True)
-    part = draft / f".{TENSORS}.{os.getpid()}.part"
-    save_file(tensors, part, metadata={"format": "pt"})
-    sync(part)
-    os.replace(part, draft / TENSORS)
-    if same:
-        return folder
-    (draft / CONFIG).write_text(text, "utf-8")
-    sync(draft / CONFIG)
-    if not folder.exists():
-        os.rename(draft, folder)
-        return folder
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    os.rename(folder, old)
-    os.rename(draft, folder)
-    for entry in old.iterdir():
-        if entry.name not in (CONFIG, TENSORS, PICKLE):
-            os.replace(entry, folder / entry.name)
-    shutil.rmtree(old)
+    with writing(folder), waiting(folder, "saves"):
+        sweep(folder)
+        sweep(folder / DRAFT)
+        if (folder / CONFIG).is_file() and (folder / CONFIG).read_bytes() == text.encode() and (folder / TENSORS).is_file():
+            with tensors_in(folder, tensors) as draft:
+                os.replace(draft, folder / TENSORS)
+            return folder
+        with renewed(folder, (CONFIG, TENSORS, PICKLE)) as stage:
+            with tensors_in(stage, tensors) as draft:
+                os.replace(draft, stage / TENSORS)
+            (stage / CONFIG).write_text(text, "utf-8")
     return folder
 
 

@@ -13,7 +13,7 @@ from trimtab.compat.model_config import config_class, read_config
 from trimtab.compat.quantised_files import codec_for
 from trimtab.compat.safetensors_file import Header, read_header, read_tensor
 from trimtab.compat.weight_names import Group, WeightNames
-from trimtab.core.errors import CheckpointMismatch, Unsupported
+from trimtab.core.errors import CheckpointMismatch, TrimtabError, Unsupported
 from trimtab.core.reading import check_finite, inside, listed, read_json
 from trimtab.core.state import parameter_users
 
@@ -193,7 +193,17 @@ class Pretrained:
         Raises:
             CheckpointMismatch: it holds NaN or infinite values, or the file changed meanwhile.
         """
-        return self.codec.read(key, self._stored) if key in self.parts else self._stored(key)
+        if key not in self.parts:
+            return self._stored(key)
+        lacking = [part for part in self.parts[key] if part not in self.where]
+        if lacking:
+            raise CheckpointMismatch(f"{self.folder} lacks {', '.join(lacking)}, which {key} is made of")
+        try:
+            return self.codec.read(key, self._stored)
+        except TrimtabError:
+            raise
+        except Exception as error:  # whatever its library runs into on damaged parts
+            raise CheckpointMismatch(f"{key} in {self.folder} cannot be made of its parts: {error}") from error
 
     def _stored(self, key: str) -> Tensor:
         value = read_tensor(self.where[key], key)

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from trimtab.compat.safetensors_file import Header
-from trimtab.core.errors import Unsupported
+from trimtab.core.errors import CheckpointMismatch, Unsupported
+from trimtab.core.reading import parse_json
 
 __all__ = ["Codec", "codec_for"]
 
@@ -89,8 +90,8 @@ class _TorchAO:
 
     def parts(self, files: Sequence[Header]) -> dict[str, list[str]]:
         for header in files:
-            for name in json.loads(header.metadata.get("tensor_names", "[]")):
-                about = json.loads(header.metadata.get(name, "{}"))
+            for name in _note(header, "tensor_names", []):
+                about = _note(header, name, {})
                 if "_tensor_data_names" in about:
                     path, _, tensor = name.rpartition(".")
                     self._parts[name] = [f"{path}._{tensor}_{part}" for part in about["_tensor_data_names"]]
@@ -113,15 +114,30 @@ class _TorchAO:
         return dict(tensors)
 
 
+def _note(header: Header, name: Any, empty: Any) -> Any:
+    """A part of a file's metadata, of the kind of ``empty``.
+
+    Raises:
+        CheckpointMismatch: it is damaged.
+    """
+    source = f"the metadata ({name}) of {header.file}"
+    found = parse_json(header.metadata.get(name, json.dumps(empty)).encode(errors="surrogatepass"), source)
+    if not isinstance(found, type(empty)) or (isinstance(found, list) and not all(isinstance(each, str) for each in found)):
+        raise CheckpointMismatch(f"{source} are of another kind than torchao writes")
+    return found
+
+
 def codec_for(config: Mapping[str, Any], source: str) -> Codec | None:
     """The codec of a checkpoint with this ``config.json``; None if it is not quantised.
 
     Raises:
-        Unsupported: quantised by a library whose files are not known here.
+        Unsupported: quantised by a library whose files are not known here. CheckpointMismatch: it does not say how.
     """
     about = config.get("quantization_config")
     if not about:
         return None
+    if not isinstance(about, Mapping):
+        raise CheckpointMismatch(f"{source} says quantization_config={about!r}, where an object is needed")
     method = str(about.get("quant_method", "")).lower()
     if method == "bitsandbytes":
         return _Bits8() if about.get("load_in_8bit") else _Bits4()

@@ -26,7 +26,8 @@ DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "C64": torch.complex64,
     "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MOST_AXES = 64  # of a tensor in torch
@@ -158,15 +159,23 @@ def write_file(
     produce: Callable[[str], Tensor | tuple[Header, str]],
     *,
     metadata: Mapping[str, str],
+    sizes: Mapping[str, int] | None = None,
 ) -> None:
     """Write ``file`` in one step (a hidden draft is renamed at the end), a tensor at a time.
 
     Args:
         tensors: ``(name, dtype, shape)`` in the order of their bytes; a shape of None is the tensor's own.
         produce: name -> the tensor, of that dtype and shape, or where its bytes stand in another file, to be copied as they are.
+        sizes: bytes of the tensors whose dtype is not known here (four bits an entry, ...), which can only be copied.
+
+    Raises:
+        CheckpointMismatch: a tensor is not what was announced, or of a dtype that is not known.
     """
     listed = {name: (dtype, shape) for name, dtype, shape in tensors}
-    raw = _header(listed, metadata)
+    unknown = [name for name, (dtype, _) in listed.items() if dtype not in DTYPES and name not in (sizes or {})]
+    if unknown:
+        raise CheckpointMismatch(f"{unknown[0]!r} is of the dtype {listed[unknown[0]][0]}, whose size is not known here")
+    raw = _header(listed, metadata, sizes or {})
     open_shapes = any(shape is None for _, shape in listed.values())
     draft = file.with_name(f".{file.name}.part")
     with open(draft, "wb") as stream:
@@ -176,24 +185,26 @@ def write_file(
             if isinstance(source, tuple):
                 _copy(stream, *source)
                 continue
-            if source.dtype != DTYPES[dtype] or tuple(source.shape) != (tuple(source.shape) if shape is None else tuple(shape)):
+            if source.dtype != DTYPES.get(dtype) or tuple(source.shape) != (tuple(source.shape) if shape is None else tuple(shape)):
                 raise CheckpointMismatch(f"{name!r} is {source.dtype} {tuple(source.shape)} where {dtype} {shape} is to be written")
             listed[name] = dtype, tuple(source.shape)
             stream.write(source.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         if open_shapes:  # now they are known; the room was left for them
             stream.seek(8)
-            stream.write(_header(listed, metadata).ljust(len(raw)))
+            stream.write(_header(listed, metadata, sizes or {}).ljust(len(raw)))
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(draft, file)
 
 
-def _header(listed: Mapping[str, tuple[str, tuple[int, ...] | None]], metadata: Mapping[str, str]) -> bytes:
+def _header(
+    listed: Mapping[str, tuple[str, tuple[int, ...] | None]], metadata: Mapping[str, str], sizes: Mapping[str, int]
+) -> bytes:
     """The JSON, as long as it can become where a shape is not known yet."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0
     for name, (dtype, shape) in listed.items():
-        size = 10**15 if shape is None else DTYPES[dtype].itemsize * math.prod(shape)
+        size = sizes.get(name) if dtype not in DTYPES else 10**15 if shape is None else DTYPES[dtype].itemsize * math.prod(shape)
         header[name] = {"dtype": dtype, "shape": [10**15] if shape is None else list(shape), "data_offsets": [at, at + size]}
         at += size
     raw = json.dumps(header, separators=(",", ":")).encode()

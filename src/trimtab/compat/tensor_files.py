@@ -78,7 +78,9 @@ def _load_torch(file: Path) -> dict[str, Tensor]:
         CheckpointMismatch: damaged, or something else.
     """
     size = regular_size(file)
-    if zipfile.is_zipfile(file):
+    with open(file, "rb") as stream:
+        zipped = stream.read(2) == b"PK"
+    if zipped:
         _check_zip(file, size)
     try:
         stored = torch.load(file, map_location="cpu", weights_only=True)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from trimtab.core.contracts import ActivationAdapter
 from trimtab.core.errors import NoMatch, Unsupported, nearest
 from trimtab.core.host import Host, adapted_chain, on_tensors
-from trimtab.core.routing import clear_routes, set_routes
-from trimtab.core.state import adapter_group, host, resolve_names, state_of, trainable_parameters, unwrap
+from trimtab.core.routing import routes_of
+from trimtab.core.scope import Factor, Plan, changed, entered, present, within
+from trimtab.core.state import ModelState, adapter_group, host, resolve_names, state_of, trainable_parameters, unwrap
 from trimtab.core.table import Table
 
 __all__ = ["activate", "disabled", "effective_weight", "named_parameters", "parameters", "routed", "scaled", "summary"]
@@ -22,13 +23,24 @@ def activate(model: nn.Module, *names: str) -> None:
     """Let exactly these adapters act, composed in this order; none of them for ``activate(model)``.
 
     O(places), whatever number of adapters is loaded; what is trainable does not change; nothing recompiles between
-    adapters of one shape. Not to be called while another thread runs the model: use ``routed`` to serve several at once.
+    adapters of one shape. Inside a block of ``disabled``, ``routed`` or ``scaled`` it holds until that block ends, and in it
+    alone. Outside, not to be called while another thread runs the model: use ``routed`` to serve several at once.
 
     Raises:
         NoMatch: an unknown name.
         Unsupported: a name twice, or a merged adapter would be left out (its update stands in the weights).
     """
     state = state_of(model)
+    _check_names(state, names)
+    plan = present(state.owner)
+    if plan is None:
+        state.active = tuple(names)
+        state.refresh()
+    else:
+        changed(state.owner, _naming(state, names))
+
+
+def _check_names(state: ModelState, names: Sequence[str]) -> None:
     groups = [adapter_group(state, name) for name in names]
     if len(set(names)) != len(names):
         raise Unsupported(f"tt.activate got an adapter twice: {', '.join(names)}")
@@ -37,32 +49,34 @@ def activate(model: nn.Module, *names: str) -> None:
         raise Unsupported(
             f"{left_out[0]!r} is merged into the base and cannot stop acting; tt.unmerge(model, {left_out[0]!r}) first"
         )
-    state.active = tuple(names)
-    state.refresh()
+
+
+def _naming(state: ModelState, names: Sequence[str]) -> Plan:
+    """The plan in which ``names`` act, under the factors that hold now."""
+    beside = state.unmerged(names)
+    acts = {path: host(module).acts_of(beside) for path, module in state.hosts.items()} if beside else {}
+    return within(state.owner, names=tuple(names), acts=acts, routes=None)
 
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """The base alone inside the block; whatever acted before acts again afterwards.
+    """The base alone inside the block, for the caller's context: other threads and tasks go on as they were.
 
     Raises:
         Unsupported: an adapter is merged.
     """
     state = state_of(model)
-    before = state.active
-    activate(model)
-    try:
+    _check_names(state, ())
+    with entered(state.owner, _naming(state, ())):
         yield
-    finally:
-        state.active = tuple(name for name in before if name in state.groups)
-        state.refresh()
 
 
 @contextmanager
 def routed(model: nn.Module, names: Sequence[str | Sequence[str] | None]) -> Iterator[None]:
     """One adapter a row of the batch inside the block: ``names[i]`` for row i, None for the base alone.
 
-    Rows with adapters of one method and shape run as one batched operation whatever their number.
+    Rows with adapters of one method and shape run as one batched operation whatever their number. The block holds for the caller's
+    context: threads and tasks may each have their own on one model, and a block inside it ends with the outer one's rows.
 
     Args:
         names: one entry a row; an entry may be a list of adapters composed in order.
@@ -78,11 +92,8 @@ def routed(model: nn.Module, names: Sequence[str | Sequence[str] | None]) -> Ite
     merged = [g.name for g in state.groups.values() if g.merged]
     if merged:
         raise Unsupported(f"{merged[0]!r} is merged into the base, so rows cannot choose; tt.unmerge it first")
-    set_routes(state, rows)
-    try:
+    with entered(state.owner, within(state.owner, names=None, acts=None, routes=routes_of(state, rows))):
         yield
-    finally:
-        clear_routes(state)
 
 
 @contextmanager
@@ -102,17 +113,15 @@ def scaled(model: nn.Module, factors: Mapping[str, float | Tensor]) -> Iterator[
     unknown = [path for path in factors if path not in hosts]
     if unknown:
         raise NoMatch(f"no adapter is attached at {unknown[0]!r}{nearest(unknown[0], hosts)}")
-    before = [(each, each.scale, each.damped) for each in hosts.values()]
+    found: dict[str, Factor] = {}
     for path, each in hosts.items():
         factor = factors.get(path, 1.0)
         device = next((p.device for p in each.parameters()), torch.device("cpu"))
-        each.scale = torch.as_tensor(factor, device=device, dtype=torch.float32)
-        each.damped = isinstance(factor, Tensor) or factor != 1
-    try:
+        value = torch.as_tensor(factor, device=device, dtype=torch.float32)
+        found[path] = Factor(value, isinstance(factor, Tensor) or factor != 1)
+    owner = state_of(model).owner
+    with entered(owner, within(owner, factors=found)):
         yield
-    finally:
-        for each, scale, damped in before:
-            each.scale, each.damped = scale, damped
 
 
 def named_parameters(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, nn.Parameter]]:
@@ -145,7 +154,9 @@ def effective_weight(model: nn.Module, path: str, name: str | Sequence[str] | No
         Unsupported: one of them acts on activations there and has no weight form.
     """
     state = state_of(model)
-    names = state.active if name is None else (name,) if isinstance(name, str) else tuple(name)
+    if name is None and state.acting() is None:
+        raise Unsupported("inside tt.routed every row has its own adapters; say whose: tt.effective_weight(..., name=)")
+    names = state.acting() if name is None else (name,) if isinstance(name, str) else tuple(name)
     for each in names:
         adapter_group(state, each)
     if path not in state.hosts:

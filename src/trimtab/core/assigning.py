@@ -77,6 +77,7 @@ def plan(
             for site in sites_of(place, cls, width=_width(anatomy, place)):
                 site.layer, site.clause = cls.layer(config), place.clause
                 site.head_size = anatomy.facts[site.block]["head_size"] if site.block is not None else None
+                site.vocabulary = vocabulary(anatomy, site) if site.role in ("stack", "block") else None
                 if not out.takes(site):
                     # a container and what is below it may both match (a head and its layers): a tensor is one site
                     found.setdefault((site.path, site.slot), (cls.fit(config, site), site))
@@ -94,8 +95,6 @@ def plan(
     assignments = list(found.values())
     if not assignments:
         raise NoMatch(_nothing(method, places, notes, out))
-    for _, site in assignments:
-        site.vocabulary = vocabulary(anatomy, site) if site.role in ("stack", "block") else None
     for config, site in assignments:
         _read_alike(config, site)
     assignments = _without_ties(root, assignments, notes)

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from threading import get_ident
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from trimtab.core.contracts import ActivationAdapter
 from trimtab.core.errors import Unsupported
 from trimtab.core.sublayers import SUBLAYERS
 
-__all__ = ["first_of", "first_tensor", "handed", "replace_first", "replace_output", "thread"]
-
-
-def thread() -> int:
-    """What tells runs of a model in several threads apart; a compiled graph needs no telling."""
-    return 0 if torch.compiler.is_compiling() else get_ident()
+__all__ = ["first_of", "first_tensor", "handed", "replace_first", "replace_output"]
 
 
 def handed(output: ActivationAdapter, fed: dict[str, tuple[Tensor, Any]], given: Tensor) -> Tensor:

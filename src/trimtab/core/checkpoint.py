@@ -2,38 +2,38 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from trimtab.core import cut, fingerprint
-from trimtab.core.attach import mount_group
+from trimtab.core.adapter_folder import MANIFEST, VERSION, adapter_in, read_manifest, read_saved, read_tensors, write_folder
+from trimtab.core.adapter_folder import seal_of as _seal
+from trimtab.core.adapter_folder import sha256_of as _hash
+from trimtab.core.attach import mount_group, remove_group
 from trimtab.core.bank import shapes_only
 from trimtab.core.contracts import Adapter
 from trimtab.core.errors import CheckpointMismatch, NoMatch, ShapeMismatch, TrimtabError, Unsupported, nearest, raise_all
-from trimtab.core.files import sync
+from trimtab.core.folders import writing
 from trimtab.core.kinds import site_for
+from trimtab.core.notes import notes_of
 from trimtab.core.places import module_site
-from trimtab.core.reading import check_finite, inside, read_json, scale_problems
-from trimtab.core.recognition import MANIFEST, check_options, recognise
+from trimtab.core.reading import check_finite, scale_problems
+from trimtab.core.recognition import check_options, recognise
 from trimtab.core.registry import config_from_dict, config_to_dict
 from trimtab.core.selection import Place
 from trimtab.core.site import Cohort, Rows, Site
-from trimtab.core.state import Group, adapter_group, shapes_by_place, state_of, tensors_of, unwrap
+from trimtab.core.state import ATTRIBUTE, Group, adapter_group, shapes_by_place, state_of, tensors_of, unwrap
 
 __all__ = [
-    "FORMATS", "fill", "formats", "install", "load", "place_entry", "read_manifest", "read_tensors", "rebuild", "save",
-    "save_group", "site_of", "write_folder",
+    "FORMATS", "MANIFEST", "VERSION", "_hash", "_seal", "fill", "formats", "install", "load", "place_entry", "read_manifest",
+    "read_saved", "read_tensors", "rebuild", "save", "save_group", "site_of", "write_folder",
 ]  # fmt: skip
 
-VERSION = 1
 #: other formats by name, filled by trimtab.compat; trimtab/compat/formats.py says what each offers
 FORMATS: dict[str, Any] = {}
 
@@ -50,7 +50,8 @@ def save(model: nn.Module, path: str | os.PathLike, *, name: str | None = None, 
 
     Raises:
         NoMatch: no such adapter. Unsupported: unknown format, or a method the format cannot hold.
-        CheckpointMismatch: a tensor holds NaN or has no values.
+        CheckpointMismatch: a tensor holds NaN or has no values. WriteError: a full disk or a read-only folder; what was there is
+        left as it was.
     """
     root = unwrap(model)
     state = state_of(root)
@@ -59,10 +60,11 @@ def save(model: nn.Module, path: str | os.PathLike, *, name: str | None = None, 
         _refuse_bad(tensors_of(group))
         cut.refuse(root, f"the format {format!r}")
         check_options(format, _format(format), options, Path(path), verb="save")
-        return _format(format).save(root, Path(path), group.name, **options)
+        with writing(Path(path)):
+            return _format(format).save(root, Path(path), group.name, **options)
     check_options(format, None, options, Path(path))
     sample = fingerprint.take(root, group.adapters)
-    return save_group(group, Path(path), base=sample, **cut.entry(root))
+    return save_group(group, Path(path), base=sample, **notes_of(root, group.adapters), **cut.entry(root))
 
 
 def save_group(group: Group, folder: Path, *, base: dict[str, Any], **more: Any) -> Path:
@@ -111,18 +113,18 @@ def load(
     """
     root = unwrap(model)
     folder = Path(path)
+    folder = adapter_in(folder, name)
     kind = recognise(folder, formats)
     other = formats()[kind] if kind != "trimtab" else None
     check_options(kind, other, options, folder)
     if other is not None:
         return other.load(root, folder, name=name, trainable=trainable, active=active, check_base=check_base, **options)
-    manifest = read_manifest(folder)
-    tensors = read_tensors(folder, manifest)
+    manifest, tensors = read_saved(folder)
     name = name or manifest["name"]
     cut.check(root, manifest, str(folder))
     adapters = rebuild(root, manifest)
     if check_base:
-        fingerprint.compare(root, manifest["base"], str(folder))
+        fingerprint.compare(root, manifest["base"], str(folder), adapters=adapters)
     return install(root, adapters, tensors, name=name, trainable=trainable, active=active, source=str(folder))
 
 
@@ -131,40 +133,23 @@ def install(
     source: str,
 ) -> str:  # fmt: skip
     """Fill adapters that have shapes only with stored tensors, then mount them. Used by every format's reader."""
-    state = state_of(root, create=False) if "_trimtab_state" in root.__dict__ else None
+    state = state_of(root, create=False) if ATTRIBUTE in root.__dict__ else None
     if state is not None and name in state.groups:
         raise Unsupported(f"an adapter named {name!r} is attached already; load it with name=..., or tt.detach it first")
+    if not isinstance(name, str) or not name:
+        raise Unsupported(f"an adapter's name is a non-empty text, found {name!r}")
     fill(adapters, tensors, source)
-    mount_group(root, name, adapters, trainable=trainable)
+    try:
+        mount_group(root, name, adapters, trainable=trainable)
+    except BaseException:
+        if ATTRIBUTE in root.__dict__ and name in state_of(root).groups:
+            remove_group(root, name)
+        raise
     state = state_of(root)
     if active or (active is None and len(state.groups) == 1):
         state.active = (*state.active, name)
         state.refresh()
     return name
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest in ``folder``.
-
-    Raises:
-        CheckpointMismatch: there is none, it is no JSON, or it is of a later version.
-    """
-    file = Path(folder) / MANIFEST
-    if not file.exists():
-        names = sorted(p.name for p in Path(folder).iterdir()) if Path(folder).is_dir() else ["no such folder"]
-        found = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-        raise CheckpointMismatch(f"{folder} holds no trimtab adapter: there is no {MANIFEST} (found: {found or 'nothing'})")
-    manifest = read_json(file, finite=False)
-    if not isinstance(manifest, dict) or manifest.get("format") != "trimtab":
-        raise CheckpointMismatch(f"{file} is not a trimtab manifest")
-    if not isinstance(manifest.get("version"), int) or manifest["version"] > VERSION:
-        raise CheckpointMismatch(f"{file} has version {manifest.get('version')!r}; this trimtab reads up to {VERSION}: upgrade it")
-    missing = [key for key in ("name", "places", "tensors", "aliases", "base", "file", "sha256", "seal") if key not in manifest]
-    if missing:
-        raise CheckpointMismatch(f"{file} is damaged: it lacks {', '.join(missing)}")
-    if manifest["seal"] != _seal(manifest):
-        raise CheckpointMismatch(f"{file} was changed after it was written: its seal does not fit its content")
-    return manifest
 
 
 def _only(names: list[str], name: str | None) -> str:
@@ -229,56 +214,6 @@ def place_entry(adapter: Adapter) -> dict[str, Any]:
     return entry | {"role": site.role, "block": site.block, "method": config_to_dict(adapter.config)}
 
 
-def write_folder(folder: Path, tensors: dict[str, Tensor], manifest: dict[str, Any]) -> Path:
-    """Write tensors, then a manifest that lacks only their file's name and hash and its own seal."""
-    folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f".adapter.{os.getpid()}.part"
-    save_file(tensors, part, metadata={"format": "pt", "writer": "trimtab"})
-    digest = _hash(part)
-    sync(part)
-    final = folder / f"adapter-{digest[:12]}.safetensors"
-    os.replace(part, final)
-    manifest = manifest | {"file": final.name, "sha256": digest}
-    text = json.dumps(manifest | {"seal": _seal(manifest)}, indent=1, sort_keys=True) + "\n"
-    draft = folder / f".{MANIFEST}.{os.getpid()}.part"
-    draft.write_text(text, "utf-8")
-    sync(draft)
-    os.replace(draft, folder / MANIFEST)
-    for stale in folder.glob("adapter-*.safetensors"):
-        if stale.name != final.name:
-            stale.unlink()
-    return folder
-
-
-def _seal(manifest: dict[str, Any]) -> str:
-    """SHA-256 of the manifest's content, so that an edited hyperparameter is noticed."""
-    content = {key: value for key, value in manifest.items() if key != "seal"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _hash(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def read_tensors(folder: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
-    file = inside(folder, manifest["file"], folder / MANIFEST)
-    if not file.is_file():
-        raise CheckpointMismatch(f"{folder} is damaged: its manifest names {manifest['file']}, which is not there")
-    if _hash(file) != manifest["sha256"]:
-        raise CheckpointMismatch(f"{file} is damaged or was changed: its SHA-256 is not the manifest's; restore it from a copy")
-    try:
-        # cloned, since the file's stand at odd addresses, where vectorised sums differ in their last bits
-        tensors = {key: value.clone() for key, value in load_file(file).items()}
-    except SafetensorError as error:
-        raise CheckpointMismatch(f"{file} is no readable safetensors file: {error}") from None
-    for key, source in manifest["aliases"].items():
-        if source not in tensors:
-            raise CheckpointMismatch(f"{file} is damaged: {key} is stored as {source}, which is not in it")
-        tensors[key] = tensors[source]
-    return tensors
-
-
 def rebuild(root: nn.Module, manifest: dict[str, Any]) -> list[Adapter]:
     """Adapters with shapes only, for every place in the manifest."""
     cohorts: dict[str, Cohort] = {}
@@ -294,12 +229,27 @@ def rebuild(root: nn.Module, manifest: dict[str, Any]) -> list[Adapter]:
             site.cohort.sites.append(site)
         except TrimtabError as error:
             problems.append(error)
+        except (TypeError, ValueError, AttributeError) as error:
+            problems.append(_impossible(entry, error))
     raise_all(problems)
     stored = shapes_by_place(manifest["tensors"], [site for site, _ in adapters])
-    built = [shapes_only(config, site, rng, shapes) for (site, config), shapes in zip(adapters, stored, strict=True)]
+    built = []
+    for (site, config), shapes, entry in zip(adapters, stored, manifest["places"], strict=True):
+        try:
+            built.append(shapes_only(config, site, rng, shapes))
+        except TrimtabError as error:
+            problems.append(error)
+        except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError, ArithmeticError) as error:
+            problems.append(_impossible(entry, error))
+    raise_all(problems)
     for adapter, entry in zip(built, manifest["places"], strict=True):
         adapter.origin = tuple(entry["origin"]) if "origin" in entry else None
     return built
+
+
+def _impossible(entry: dict[str, Any], error: Exception) -> TrimtabError:
+    """A method's own code met values that no save writes."""
+    return CheckpointMismatch(f"what is saved for {entry['path']} cannot be built from its description, {entry['method']}: {error}")
 
 
 def find_module(root: nn.Module, path: str) -> nn.Module:
@@ -336,6 +286,10 @@ def site_of(root: nn.Module, entry: dict[str, Any]) -> Site:
             f"{site.name} is {'x'.join(map(str, site.shape))} in this model; the adapter was made for "
             f"{'x'.join(map(str, entry['shape']))}"
         )
+    if rows is not None:
+        last, whole = rows.start + (rows.blocks - 1) * rows.stride + rows.size, tuple(site.parameter().shape)
+        if last > max(whole) or rows.blocks < 1 or (rows.blocks > 1 and rows.stride < rows.size):
+            raise ShapeMismatch(f"{site.name} is said to be the rows {entry['rows']} of {whole}, which has no such rows")
     return site
 
 
@@ -390,11 +344,11 @@ def inspect(path: str | os.PathLike) -> dict[str, Any]:
     Raises:
         CheckpointMismatch: damaged, or no adapter. Unsupported: another library's.
     """
-    kind = recognise(Path(path), formats)
+    folder = adapter_in(Path(path))
+    kind = recognise(folder, formats)
     if kind != "trimtab":
-        return formats()[kind].inspect(Path(path))
-    manifest = read_manifest(Path(path))
-    tensors = read_tensors(Path(path), manifest)
+        return formats()[kind].inspect(folder)
+    manifest, tensors = read_saved(folder)
     if sorted(tensors) != sorted(manifest["tensors"]):
         raise CheckpointMismatch(f"{path} is damaged: its tensors are not those that the manifest lists")
     return manifest

@@ -85,7 +85,9 @@ def unpacked(stored: Mapping[str, Mapping[str, list]]) -> Kept:
     for kind, places in stored.items():
         for path, (count, mask) in places.items():
             bits = int(mask, 16)
-            index = torch.tensor([i for i in range(count) if bits >> i & 1], dtype=torch.long)
+            if bits >> count:
+                raise CheckpointMismatch(f"{path} has {count} {kind}, and the mask of those that are left has more")
+            index = torch.tensor([i for i in range(bits.bit_length()) if bits >> i & 1], dtype=torch.long)
             found.setdefault(kind, {})[path] = (count, index)
     return found
 

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable
 
 __all__ = [
+    "Busy",
     "CheckpointMismatch",
     "GradientMismatch",
     "NoMatch",
@@ -14,6 +15,7 @@ __all__ = [
     "TooSmall",
     "TrimtabError",
     "Unsupported",
+    "WriteError",
     "nearest",
     "raise_all",
 ]
@@ -47,8 +49,16 @@ class Unsupported(TrimtabError, NotImplementedError):
     """A combination that has no defined meaning, or that trimtab cannot do."""
 
 
+class Busy(TrimtabError, RuntimeError):
+    """A place on the disk that another process is writing to."""
+
+
 class GradientMismatch(TrimtabError, RuntimeError):
     """At the first optimizer step, other parameters than the declared ones had received gradients."""
+
+
+class WriteError(TrimtabError, OSError):
+    """The disk is full, a folder is read-only, or the like: nothing new was written, and what was there is left as it is."""
 
 
 def nearest(word: str, known: Iterable[str], *, n: int = 3) -> str:

@@ -24,17 +24,17 @@ adapter are not looked at. Manifests from before storages were noted may differ 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trimtab.core.contracts import Adapter
+from trimtab.core.contracts import Adapter, Selection
 from trimtab.core.errors import CheckpointMismatch
 from trimtab.core.site import Site, dense, gathered, is_quantised
 
-__all__ = ["compare", "storage", "take"]
+__all__ = ["compare", "difference", "join", "storage", "take"]
 
 TENSORS = 32
 SAMPLES = 32
@@ -160,12 +160,14 @@ def compare(
     stored: dict[str, Any],
     source: str,
     *,
+    adapters: Iterable[Adapter] = (),
     view: Callable[[str, Tensor], Tensor] = lambda key, tensor: tensor,
     value: Callable[[str, str], Tensor | None] | None = None,
 ) -> None:
     """Check the sample in a manifest against ``root``'s weights; see the module's docstring for what it can tell.
 
     Args:
+        adapters: those that the sample belongs to: manifests from before storages were noted sampled heads, too.
         view: ``(path.tensor, tensor) -> tensor``: what of a weight the sample was taken of, if not all of it.
         value: ``(path, parameter) -> tensor`` for a base whose values are elsewhere, None where it has none.
 
@@ -174,7 +176,10 @@ def compare(
     """
     pairs: list[_Pair] = []
     kinds = stored.get("storage")
+    heads = {f"{a.site.path}.{a.site.tensor}" for a in adapters if isinstance(a, Selection) and a.site.role == "head"}
     for key, values in stored["samples"].items():
+        if kinds is None and key in heads:
+            continue
         path, _, tensor = key.rpartition(".")
         try:
             module = root.get_submodule(path)
@@ -188,12 +193,41 @@ def compare(
             kept = torch.tensor([v is not None for v in values], dtype=torch.bool)
             theirs = torch.tensor([v or 0.0 for v in values], dtype=torch.float64)
             pairs.append(_Pair(key, found[kept], theirs[kept], storage(parameter), (kinds or {}).get(key, _UNKNOWN)))
-    reason = _difference(pairs, stored.get("digits", "float64"))
+    digits = stored.get("digits", "float64")
+    if digits not in _ROUNDING:
+        raise CheckpointMismatch(f"{source} is damaged: its sample of the base has the unknown digits {digits!r}")
+    reason = _difference(pairs, digits)
     if reason is not None:
         raise CheckpointMismatch(
             f"{source} was made for another base: {reason} ({stored['class']} then, {type(root).__name__} now); load the base it "
             "was trained on, or pass check_base=False if the weights were changed on purpose"
         )
+
+
+def difference(one: dict[str, Any], other: dict[str, Any]) -> str | None:
+    """Why two stored samples cannot be of one base, in words; None if they can be."""
+    pairs = []
+    for key, values in one["samples"].items():
+        theirs = other["samples"].get(key, ())
+        both = [(a, b) for a, b in zip(values, theirs, strict=False) if a is not None and b is not None]
+        if both and len(values) == len(theirs):
+            now, then = torch.tensor(both, dtype=torch.float64).unbind(1)
+            pairs.append(_Pair(key, now, then, *(each.get("storage", {}).get(key, _UNKNOWN) for each in (one, other))))
+    digits = {each.get("digits", "float64") for each in (one, other)} - {"float64"}
+    return _difference(pairs, digits.pop() if digits else "float64")
+
+
+def join(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Several samples of one base as one; the first that has a tensor counts."""
+    known = next((each for each in samples if each["samples"]), samples[0])
+    found: dict[str, Any] = {**known, "samples": {}, "storage": {}}
+    for each in samples:
+        if each.get("digits") == known.get("digits"):
+            found["samples"] = {**each["samples"], **found["samples"]}
+            found["storage"] = {**each.get("storage", {}), **found["storage"]}
+    if any("storage" not in each for each in samples if each["samples"]):
+        found.pop("storage")  # one is from before storages were noted
+    return found
 
 
 class _Pair:
@@ -208,7 +242,7 @@ class _Pair:
     def limit(self) -> float:
         """The relative error that the storages explain; 0 where rounding must explain it, value by value."""
         now, then = self.kinds
-        if then == _UNKNOWN:
+        if _UNKNOWN in self.kinds:
             return _FOUR
         error = max(_tolerance(now), _tolerance(then))
         return min(error, _SAME) if now == then else error

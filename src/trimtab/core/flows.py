@@ -61,7 +61,9 @@ def run(host: Host, module: nn.Module, args: tuple, kwargs: dict, acting: dict[s
     return inner(args, kwargs)
 
 
-def plain(host: Host, acting: dict[str, Acting], inner: Inner, args: tuple, kwargs: dict) -> Tensor | None:
+def plain(
+    host: Host, acting: dict[str, Acting], inner: Inner, args: tuple, kwargs: dict, *, damped: bool
+) -> Tensor | None:
     """The output of ``host``'s module without the tokens that stand at it, for a factor on what they change; None: none stand here.
 
     Raises:
@@ -69,7 +71,7 @@ def plain(host: Host, acting: dict[str, Acting], inner: Inner, args: tuple, kwar
     """
     from trimtab.compat.bodies import cache_of
 
-    if host.damped and not {"enter", "carry", "prompt"}.isdisjoint(acting):
+    if damped and not {"enter", "carry", "prompt"}.isdisjoint(acting):
         raise Unsupported(f"the tokens at {host.path} go through several blocks: no factor at one place weighs what they change")
     if {"beside", "fresh"}.isdisjoint(acting):
         return None
@@ -318,7 +320,7 @@ def _attention(host: Host, module: nn.Module, inner: Inner, args: tuple, kwargs:
     if isinstance(module, nn.MultiheadAttention):
         from trimtab.core.packed import attention
 
-        return attention(host, module, *args, **kwargs)
+        return attention(host, host.inside(module), *args, **kwargs)
     if host.cached:
         from trimtab.compat.caches import attention as by_cache
 

@@ -129,6 +129,7 @@ def check_gradients(
         group.checked = True
     if notes:
         _tell(model, notes, {i: names.get(i, "?") for i in silent})
+    _tell_statistics(model)
 
 
 def _judge(
@@ -183,6 +184,21 @@ def _tell(model: nn.Module, notes: dict[str, list[str]], silent: dict[int, str])
         stacklevel=6,
     )
     _PENDING[model] = _Pending(silent)
+
+
+def _tell_statistics(model: nn.Module) -> None:
+    """Say that norms of the base follow the batches: their statistics are no part of an adapter."""
+    moving = [
+        name
+        for name, module in model.named_modules()
+        if module.training and getattr(module, "track_running_stats", False) and "trimtab" not in name
+    ]
+    if moving:
+        warnings.warn(
+            f"{len(moving)} norms of the base ({_some(moving)}) take their running statistics from the training batches; these are "
+            "saved with no adapter, and a fresh base has others: put these norms into eval() while training",
+            stacklevel=6,
+        )
 
 
 def _wait(root: nn.Module, held: set[int], received: Collection[int]) -> None:

@@ -1,31 +1,37 @@
 """The child module ``trimtab`` beneath an adapted module: all adapters there, and the forward that runs them.
 
-A place keeps its module: its class is swapped (``trimtab.core.mounting``) for a subclass whose ``forward`` asks the host, and
-whose substituted parameters are properties (``module.bias`` then reads the adapted bias wherever it is read from, while
-``_parameters`` and the state dict keep the base's own tensor).
+A place keeps its module: its class is swapped (``trimtab.core.mounting``) for a subclass whose ``forward`` asks the host. A
+parameter that adapters act on is a property of that class, which reads as the adapted value wherever it is read from, while
+``_parameters`` and the state dict keep the base's own tensor. The module's own forward runs on a second object with the same
+``__dict__``, the *inside*, whose class has no such properties but those that act by substitution: which of the two values a read
+means depends on the object that is asked, and on no state.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from threading import local
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from trimtab.core import flows
-from trimtab.core.calls import first_of, first_tensor, handed, replace_first, replace_output, thread
+from trimtab.core.acts import NOTHING, Acts, BiasOf, WeightOf, adapted_chain, by_weight, on_tensors, rows_of, value_of, whole_site
+from trimtab.core.calls import first_of, first_tensor, handed, replace_first, replace_output
 from trimtab.core.contracts import ActivationAdapter, Adapter, TokenAdapter
-from trimtab.core.errors import Unsupported
-from trimtab.core.kinds import PartOperation, Through, bias_site, weight_site
 from trimtab.core.noting import note
-from trimtab.core.site import Operation, Site, dense
+from trimtab.core.reads import Reading, shown
+from trimtab.core.scope import Factor, Owner, Plan, plan_for
+from trimtab.core.site import CHILD
 from trimtab.core.tokens import Acting, Extra, Without, passages
 
-__all__ = ["CHILD", "BiasOf", "Host", "Slots", "WeightOf", "adapted_chain", "escape", "on_tensors", "unescape", "whole_site"]
-
-CHILD = "trimtab"
+__all__ = [
+    "CHILD", "BiasOf", "Host", "Slots", "WeightOf", "adapted_chain", "by_weight", "escape", "on_tensors", "unescape",
+    "weighed", "whole_site",
+]  # fmt: skip
 
 
 def escape(name: str) -> str:
@@ -42,6 +48,16 @@ def _no_shortcut(module: nn.Module, args: tuple) -> None:
     """A hook that does nothing; its presence is its purpose."""
 
 
+class _Handed(local):
+    """What modules have handed to adapters elsewhere in the forward that this thread runs: host -> path -> input and output."""
+
+    def __init__(self) -> None:
+        self.to: WeakKeyDictionary[Host, dict[str, tuple[Tensor, Any]]] = WeakKeyDictionary()
+
+
+_HANDED = _Handed()
+
+
 class Slots(nn.Module):
     """One adapter's parameters at one module, a child a slot (``weight``, ``bias``, ``weight_q``).
 
@@ -55,32 +71,19 @@ class Slots(nn.Module):
 
 
 class Host(nn.Module):
-    """All adapters at one module: a child an adapter name, and plain lists of those that act now.
-
-    The lists are rewritten by ``refresh`` alone. A compiled graph guards on their structure and not on the names, so
-    switching between adapters of one shape recompiles nothing.
-
-    ``scale`` is None, or the factor on all that the adapters change here (``core.activation.scaled``): a tensor, so that no
-    graph depends on its value. ``damped`` is whether it differs from 1; a compiled graph does not ask.
-    """
+    """All adapters at one module: a child an adapter name. ``acts`` is what acts outside of all contexts, rewritten by ``refresh``
+    alone; what holds in a context is asked from ``trimtab.core.scope`` at every call."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.whole: list[Adapter] = []
-        self.parts: list[list[Adapter]] = []
-        self.tensors: dict[str, list[list[Adapter]]] = {}
-        self.inputs: list[ActivationAdapter] = []
-        self.outputs: list[ActivationAdapter] = []
-        self.feeds: list[tuple[Host, str]] = []
-        #: (path of another module, thread) -> its input and output in the forward that is running
-        self.fed: dict[tuple[str, int], tuple[Tensor, Any]] = {}
-        self.route: Any = None
-        #: path of the module, which token passages know it by; of the block that tokens go to from here
+        self.acts = NOTHING
+        self.owner = Owner()
+        #: in a compiled graph: path of another module -> its input and output in the forward that is running
+        self.fed: dict[str, tuple[Tensor, Any]] = {}
+        #: path of the module, which contexts and token passages know it by; of the block that tokens go to from here
         self.path = self.next = ""
         #: adapter name -> duties for token adapters that stand at other modules (trimtab.core.flows)
         self.served: dict[str, list[tuple[str, TokenAdapter]]] = {}
-        #: duty -> the token adapters that act with it now
-        self.acting: dict[str, Acting] = {}
         #: how an attention is reached: its function is asked from a registry; its scores are written out beside a cache; at all
         self.redirected = self.cached = self.reachable = False
         #: whether the attention of this block can be reached; whether this body's positions are rotations
@@ -90,15 +93,31 @@ class Host(nn.Module):
         self.blocks: list[nn.Module] = []
         #: width of its embeddings; name of the method that came first
         self.width, self.asked = 0, ""
-        self.scale: Tensor | None = None
-        self.damped = False
         # nn.TransformerEncoderLayer's inference shortcut reads its children's weights past their forward, unless a hook
         # stands on a module below it; the host itself is never called, so this costs nothing
         self.register_forward_pre_hook(_no_shortcut)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # children are adapters, entered in ``_modules`` by ``slots``; one may be called "whole" or "route" like an attribute
+        # children are adapters, entered in ``_modules`` by ``slots``; one may be called "acts" or "owner" like an attribute
         object.__setattr__(self, name, value)
+
+    def __getstate__(self) -> dict:
+        """Without the inside and what was read, which belong to the very module above it."""
+        return {key: value for key, value in self.__dict__.items() if key not in ("inside_object", "given")}
+
+    def inside(self, module: nn.Module) -> nn.Module:
+        """``module`` as its own forward sees it."""
+        cls = getattr(type(module), "_trimtab_inside", None)
+        if cls is None:
+            return module
+        found = self.__dict__.get("inside_object")
+        if torch.compiler.is_compiling():
+            return found
+        if found is None or type(found) is not cls or found.__dict__ is not module.__dict__:
+            found = object.__new__(cls)
+            object.__setattr__(found, "__dict__", module.__dict__)
+            self.__dict__["inside_object"] = found
+        return found
 
     def adapters(self, name: str) -> list[Adapter]:
         """The adapters called ``name`` at this module."""
@@ -114,32 +133,17 @@ class Host(nn.Module):
         return self._modules.setdefault(escape(name), Slots())
 
     def refresh(self, active: tuple[str, ...]) -> None:
-        """Recompute what acts: O(adapters that act here)."""
-        self.whole, self.inputs, self.outputs = [], [], []
-        self.feeds = self.feeds_of(active)
-        parts: dict[str, list[Adapter]] = {}
-        tensors: dict[str, dict[str | None, list[Adapter]]] = {}
-        for name in active:
-            for adapter in self.adapters(name):
-                site = adapter.site
-                if isinstance(adapter, TokenAdapter):
-                    continue
-                if isinstance(adapter, ActivationAdapter):
-                    (self.inputs if adapter.at_input else self.outputs).append(adapter)
-                elif site.substitutes:
-                    for each in on_tensors(adapter):
-                        tensors.setdefault(each.site.tensor, {}).setdefault(each.site.part, []).append(each)
-                elif site.part is not None:
-                    parts.setdefault(site.part, []).append(adapter)
-                else:
-                    self.whole.append(adapter)
-        self.parts = list(parts.values())
-        self.tensors = {tensor: list(chains.values()) for tensor, chains in tensors.items()}
+        """Recompute what acts outside of contexts: O(adapters that act here)."""
+        self.acts = self.acts_of(active)
+
+    def acts_of(self, names: tuple[str, ...]) -> Acts:
+        """What acts here if ``names`` do, in this order."""
         duties: dict[str, list[TokenAdapter]] = {}
-        for name in active:
+        for name in names:
             for duty, adapter in self.token_duties(name):
                 duties.setdefault(duty, []).append(adapter)
-        self.acting = {duty: Acting(adapters) for duty, adapters in duties.items()}
+        adapters = [adapter for name in names for adapter in self.adapters(name)]
+        return Acts(adapters, self.feeds_of(names), {duty: Acting(found) for duty, found in duties.items()})
 
     def token_duties(self, name: str) -> Iterator[tuple[str, TokenAdapter]]:
         """What this module does for the token adapters called ``name``, which stand here or elsewhere."""
@@ -148,9 +152,32 @@ class Host(nn.Module):
                 yield adapter.duty, adapter
         yield from self.served.get(name, ())
 
+    def feeds_of(self, names: tuple[str, ...]) -> list[tuple[Host, str]]:
+        """Hosts where the adapters ``names`` read this module's input."""
+        slots = [self._modules[escape(name)] for name in names if escape(name) in self._modules]
+        return list({id(target): (target, path) for each in slots for target, path in each.feeds}.values())
+
+    # -- what holds now
+
+    def acting(self, plan: Plan | None) -> Acts:
+        """What acts here under ``plan``, the same for all rows."""
+        return self.acts if plan is None or plan.acts is None else plan.acts.get(self.path, NOTHING)
+
+    def route(self, plan: Plan | None) -> Any:
+        """How the rows of the batch are treated here; None: all alike."""
+        return None if plan is None or plan.routes is None else plan.routes.get(self.path)
+
+    def factor(self, plan: Plan | None) -> Factor | None:
+        """The factor on all that the adapters change here."""
+        return None if plan is None or plan.factors is None else plan.factors.get(self.path)
+
     def duties(self) -> dict[str, Acting]:
         """Duty -> the token adapters that act with it now, row by row if the batch is routed."""
-        return self.acting if self.route is None else self.route.acting
+        return self._duties(plan_for(self.owner))
+
+    def _duties(self, plan: Plan | None) -> dict[str, Acting]:
+        route = self.route(plan)
+        return self.acting(plan).duties if route is None else route.acting
 
     def extras(self, n: int) -> list[Extra]:
         """Keys and values of the adapters that stand at this attention, for a batch of ``n``."""
@@ -159,32 +186,71 @@ class Host(nn.Module):
             return []
         return acting.extras(n)
 
-    def feeds_of(self, names: tuple[str, ...]) -> list[tuple[Host, str]]:
-        """Hosts where the adapters ``names`` read this module's input."""
-        slots = [self._modules[escape(name)] for name in names if escape(name) in self._modules]
-        return list({id(target): (target, path) for each in slots for target, path in each.feeds}.values())
+    # -- the forward
 
     def run(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         """The adapted forward of ``module``."""
         note(self)
-        acting = self.duties()
+        plan = plan_for(self.owner)
+        acting = self._duties(plan)
         if not acting:
-            return self.without_tokens(module, args, kwargs)
-        y = flows.run(self, module, args, kwargs, acting, partial(self.without_tokens, module))
-        if self.scale is None or not (torch.compiler.is_compiling() or self.damped):
+            return self._without_tokens(module, plan, args, kwargs)
+        inner = partial(self._without_tokens, module, plan)
+        y = flows.run(self, module, args, kwargs, acting, inner)
+        factor = self.factor(plan)
+        if factor is None or not factor.asks:
             return y
-        plain = flows.plain(self, acting, partial(self.without_tokens, module), args, kwargs)
-        return y if plain is None else replace_output(y, lambda full: torch.lerp(plain, full, _rows(self.scale, full)))
+        plain = flows.plain(self, acting, inner, args, kwargs, damped=factor.damped)
+        return y if plain is None else weighed(y, plain, factor)
 
-    def without_tokens(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+    def _without_tokens(self, module: nn.Module, plan: Plan | None, args: tuple, kwargs: dict) -> Any:
         """The forward of ``module`` with all adapters but those of tokens."""
-        feeds = self.feeds if self.route is None else self.route.feeds
-        if not feeds:
-            return self._run(module, args, kwargs) if self.route is None else self.route.run(self, module, args, kwargs)
-        y = self._run(module, args, kwargs) if self.route is None else self.route.run(self, module, args, kwargs)
-        for target, path in feeds:
-            target.fed[path, thread()] = first_of(args, kwargs), y
+        route, factor = self.route(plan), self.factor(plan)
+        if route is None:
+            acts = self.acting(plan)
+            y, feeds = self._run(module, acts, factor, args, kwargs), acts.feeds
+        else:
+            y, feeds = route.run(self, module, factor, args, kwargs), route.feeds
+        if feeds:
+            self._feed(feeds, first_of(args, kwargs), y)
         return y
+
+    def _run(self, module: nn.Module, acts: Acts, factor: Factor | None, args: tuple, kwargs: dict) -> Any:
+        inner = acts.whole or acts.parts or acts.inputs
+        if not (inner or acts.outputs):
+            return self.base(module, args, kwargs)
+        given = first_of(args, kwargs)
+        x, y = self._inner(module, acts, args, kwargs) if inner else (given, self.base(module, args, kwargs))
+        plain = self.plain(module, factor, None if inner else y, args, kwargs)
+        for output, read in zip(acts.outputs, self.take(acts.outputs, x, given), strict=True):
+            y = replace_output(y, lambda first, output=output, read=read: output(read, first))
+        return y if plain is None else weighed(y, plain, factor)
+
+    def _inner(self, module: nn.Module, acts: Acts, args: tuple, kwargs: dict) -> tuple[Tensor, Any]:
+        """The module's first input after what acts on it, and its output before what acts on that."""
+        for adapter in acts.inputs:
+            args, kwargs = replace_first(args, kwargs, lambda x, adapter=adapter: adapter(x, x))
+        x = first_of(args, kwargs)
+        return x, acts.contract(x) if acts.whole or acts.parts else self.base(module, args, kwargs)
+
+    def base(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        """The module's own forward."""
+        return type(module)._trimtab_base.forward(self.inside(module), *args, **kwargs)
+
+    def plain(self, module: nn.Module, factor: Factor | None, y: Any, args: tuple, kwargs: dict) -> Tensor | None:
+        """What the base gives, for a factor that asks for it: of ``y``, if that is the base's own output, else of a second run."""
+        if factor is None or not factor.asks:
+            return None
+        return first_tensor(self.base(module, args, kwargs) if y is None else y)
+
+    # -- what modules hand to adapters at others
+
+    def _feed(self, feeds: list[tuple[Host, str]], x: Tensor, y: Any) -> None:
+        for target, path in feeds:
+            if torch.compiler.is_compiling():
+                target.fed[path] = x, y
+            else:
+                _HANDED.to.setdefault(target, {})[path] = x, y
 
     def take(self, outputs: list[ActivationAdapter], x: Tensor, given: Tensor) -> list[Tensor]:
         """What each of ``outputs`` reads: ``x``, the module's input, or another module's input in this forward.
@@ -192,146 +258,47 @@ class Host(nn.Module):
         Args:
             given: the module's input before adapters changed it.
         """
-        if not self.fed and not any(output.site.source_path for output in outputs):
+        if not any(output.site.source_path for output in outputs):
             return [x] * len(outputs)
-        key = thread()
-        fed = {path: self.fed.pop((path, key)) for path in {path for path, k in self.fed if k == key}}
+        if torch.compiler.is_compiling():
+            fed = {path: self.fed.pop(path) for path in list(self.fed)}
+        else:
+            fed = _HANDED.to.pop(self, {})
         return [x if output.site.source_path is None else handed(output, fed, given) for output in outputs]
 
-    def _run(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
-        base = module._trimtab_base.forward
-        inner = self.whole or self.parts or self.inputs
-        if not (inner or self.outputs):
-            return base(module, *args, **kwargs)
-        damped = self.scale is not None and (torch.compiler.is_compiling() or self.damped)
-        given = first_of(args, kwargs)
-        x, y = self._inner(module, args, kwargs) if inner else (given, base(module, *args, **kwargs))
-        plain = first_tensor(base(module, *args, **kwargs) if inner else y) if damped else None
-        for output, read in zip(self.outputs, self.take(self.outputs, x, given), strict=True):
-            y = replace_output(y, lambda first, output=output, read=read: output(read, first))
-        return y if plain is None else replace_output(y, lambda full: torch.lerp(plain, full, _rows(self.scale, full)))
+    # -- what is read of the module's parameters
 
-    def _inner(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[Tensor, Any]:
-        """The module's first input after what acts on it, and its output before what acts on that."""
-        for adapter in self.inputs:
-            args, kwargs = replace_first(args, kwargs, lambda x, adapter=adapter: adapter(x, x))
-        x = first_of(args, kwargs)
-        y = self.contract(x) if self.whole or self.parts else module._trimtab_base.forward(module, *args, **kwargs)
-        return x, y
-
-    def contract(self, x: Tensor) -> Tensor:
-        """The module's matrix operation with the acting adapters in order: ``W' = a_n(... a_1(W))``."""
-        op: Operation = self.whole[0].site if self.whole else whole_site(self.parts[0][0])
-        for adapter in self.whole:
-            op = Through(adapter, op)
-        y = op(x)
-        for chain in self.parts:
-            site = chain[0].site
-            part: Operation = PartOperation(site, op, x, y)
-            for adapter in chain:
-                part = Through(adapter, part)
-            y = site.rows.put(y, -1, part(x))
-        return y
-
-    def substitute(self, module: nn.Module, tensor: str) -> Tensor:
-        """The value that ``module`` reads for its parameter ``tensor``, in the base's layout and dtype."""
+    def substitute(self, module: nn.Module, tensor: str) -> Tensor | None:
+        """The value that the forward of ``module`` reads for its parameter ``tensor``, in the base's layout and dtype."""
         stored = module._parameters.get(tensor)
-        chains = self.tensors.get(tensor)
-        if not chains:
+        plan = plan_for(self.owner)
+        chains = self.acting(plan).tensors.get(tensor)
+        return value_of(chains, stored, self.factor(plan)) if chains else stored
+
+    def read(self, module: nn.Module, tensor: str) -> Tensor | None:
+        """What others read for the parameter ``tensor`` of ``module``."""
+        if tensor not in module._parameters:
+            return module.__dict__[tensor]
+        stored = module._parameters[tensor]
+        plan = plan_for(self.owner)
+        route = self.route(plan)
+        acts, refusal = (self.acting(plan), None) if route is None else route.alike(self, tensor)
+        chains = acts.read.get(tensor, [])
+        if acts.blind and refusal is None and stored is not None:
+            kind = type(acts.blind[0].config).__name__
+            refusal = (
+                f"{self.path}.{tensor} is read past the module's forward, where {kind} cannot act: it changes what the module puts "
+                "out, which no weight does; target another place, or use a method that changes the weight"
+            )
+        if not chains and refusal is None:
             return stored
-        site = chains[0][0].site
-        value = site.unmatrix(adapted_chain(site, chains))
-        if self.scale is not None and (torch.compiler.is_compiling() or self.damped):
-            value = torch.lerp(site.unmatrix(adapted_chain(site, [])), value, _alone(self.scale, value, site))
-        return value.to(site.dtype) if stored is None else value.reshape(stored.shape).to(stored.dtype)
+        if stored is None and all(isinstance(e, BiasOf) and e.adapter.bias(None) is None for chain in chains for e in chain):
+            return None
+        reading = Reading(self, stored, chains, self.factor(plan), refusal)
+        return reading.value() if torch.compiler.is_compiling() else shown(reading, self.__dict__.setdefault("given", {}), tensor)
 
 
-class WeightOf:
-    """An affine adapter on a Linear's activations as it acts on the matrix."""
+def weighed(y: Any, plain: Tensor, factor: Factor) -> Any:
+    """A module's output, of what adapters changed in it the part ``factor``."""
+    return replace_output(y, lambda full: torch.lerp(plain, full, rows_of(factor.value, full)))
 
-    #: acts after whatever changes the matrix itself
-    outer = True
-
-    def __init__(self, adapter: ActivationAdapter, site: Site):
-        self.adapter, self.config, self.site = adapter, adapter.config, site
-        self.weight = adapter.weight
-
-
-class BiasOf:
-    """An adapter as it acts on its module's bias: ``weight`` is its ``bias``, on the place of the bias."""
-
-    def __init__(self, adapter: Adapter):
-        self.adapter, self.config = adapter, adapter.config
-        self.site = bias_site(adapter.site)
-        self.outer = isinstance(adapter, ActivationAdapter)
-
-    def weight(self, b: Tensor) -> Tensor:
-        """The adapted bias (out,); ``b`` is zero where the base has none."""
-        none = self.site.parameter() is None
-        new = self.adapter.bias(None if none else b)
-        return b if new is None else new
-
-
-def on_tensors(adapter: Adapter) -> list[Adapter | BiasOf | WeightOf]:
-    """The adapter as it acts on tensors: itself, and once more on the bias if it does; nothing if it acts on activations alone."""
-    if isinstance(adapter, TokenAdapter):
-        return []
-    if isinstance(adapter, ActivationAdapter):
-        site = weight_site(adapter.site)
-        if site is None or adapter.site.source is not None or not adapter.merges(adapter.config, adapter.site):
-            return []
-        with torch.no_grad():
-            moved = site.bias is not None or adapter.bias(None) is not None
-        return [WeightOf(adapter, site), BiasOf(adapter)] if moved and site.carries_bias else [WeightOf(adapter, site)]
-    return [adapter, BiasOf(adapter)] if getattr(adapter, "rebias", False) and adapter.site.carries_bias else [adapter]
-
-
-def whole_site(adapter: Adapter) -> Operation:
-    """The site of the fused matrix that ``adapter``'s part belongs to."""
-    from dataclasses import replace
-
-    site = adapter.site
-    return replace(site, part=None, rows=None, shape=(site.module.weight.shape[0], site.in_features))
-
-
-def adapted_chain(site: Site, chains: list[list[Adapter]], *, dtype: torch.dtype | None = None) -> Tensor:
-    """The whole tensor behind ``site`` after the chains, dense, in the contraction's layout; whole chains before parts, what acts
-    on the output last.
-
-    Args:
-        dtype: compute in this dtype; None: the base's.
-    """
-    stored = site.parameter()
-    if stored is None:  # the bias of a module that has none
-        out = site.shape if site.rows is None else (site.module.out_features,)
-        value = torch.zeros(out, device=site.device, dtype=site.dtype)
-    else:
-        value = site.matrix(dense(stored, site.module))
-    value = value if dtype is None else value.to(dtype)
-    for chain in sorted(chains, key=lambda chain: (getattr(chain[0], "outer", False), chain[0].site.part is not None)):
-        here = chain[0].site
-        part = here.take(value)
-        for adapter in chain:
-            part = adapter.weight(part)
-        value = here.put(value, part)
-    return value
-
-
-def _rows(scale: Tensor, y: Tensor) -> Tensor:
-    """A factor, or one a row of the batch, shaped to multiply ``y`` (rows, or rows times tokens, ...)."""
-    if scale.dim() == 0:
-        return scale.to(y.dtype)
-    if y.shape[0] % scale.shape[0]:
-        raise Unsupported(
-            f"{scale.shape[0]} rows were given a factor each, and a layer has an output of shape {tuple(y.shape)}, whose first "
-            "axis is no multiple of that"
-        )
-    each = scale.to(y.dtype).repeat_interleave(y.shape[0] // scale.shape[0])
-    return each.view(-1, *(1,) * (y.dim() - 1))
-
-
-def _alone(scale: Tensor, value: Tensor, site: Site) -> Tensor:
-    """The factor of a tensor that all rows share."""
-    if scale.dim():
-        raise Unsupported(f"{site.name} is one tensor for all rows of the batch, so that rows cannot have factors of their own")
-    return scale.to(value.dtype)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trimtab.core.site import Operation, Site, base_class, dense, is_quantised, linear
+from trimtab.core.site import Operation, Site, base_class, dense, inside, is_quantised, linear
 
 if TYPE_CHECKING:
     from trimtab.core.contracts import Adapter
@@ -31,7 +31,7 @@ class _Tensor(Site):
 
     @property
     def bias(self) -> Tensor | None:
-        bias = getattr(self.module, "bias", None)
+        bias = getattr(inside(self.module), "bias", None)
         return bias if bias is None or self.rows is None else self.rows.take(bias, 0)
 
     def take(self, whole: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ class _Matrix(_Tensor):
     """What the kinds with a known forward share."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        return base_class(self.module).forward(self.module, x)
+        return base_class(self.module).forward(inside(self.module), x)
 
 
 class LinearSite(_Matrix):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -163,14 +164,15 @@ def _differs(got: Tensor, want: Tensor, effect: float) -> str | None:
 def _acting(body: nn.Module, duties: Mapping[Host, dict[str, Acting]]) -> Iterator[None]:
     """Of all learned tokens in ``body`` those of ``duties`` act, and no others."""
     hosts = [host for module in body.modules() if (host := module._modules.get("trimtab")) is not None]
-    before = [host.acting for host in hosts]
+    before = [host.acts for host in hosts]
     for host in hosts:
-        host.acting = duties.get(host, {})
+        host.acts = copy(host.acts)
+        host.acts.duties = duties.get(host, {})
     try:
         yield
     finally:
-        for host, acting in zip(hosts, before, strict=True):
-            host.acting = acting
+        for host, acts in zip(hosts, before, strict=True):
+            host.acts = acts
 
 
 # -- tokens at attentions and blocks

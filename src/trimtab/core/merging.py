@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from trimtab.core.contracts import Adapter
 from trimtab.core.errors import NotMergeable, TrimtabError, raise_all
 from trimtab.core.host import BiasOf, WeightOf, adapted_chain, on_tensors
+from trimtab.core.scope import present
 from trimtab.core.site import Site, dense, is_quantised
 from trimtab.core.state import Group, ModelState, adapter_group, dependants, parameter_users, state_of, unwrap
 from trimtab.core.table import Table
@@ -69,6 +70,7 @@ def merge(
     root = unwrap(model)
     state = state_of(root)
     group = adapter_group(state, name)
+    _refuse_contexts(state)
     if others := dependants(state, name):
         raise NotMergeable(f"{others[0]!r} needs {name!r} beside the weights; tt.detach(model, {others[0]!r}) first")
     targets = _targets(state, group, into)
@@ -113,6 +115,7 @@ def unmerge(model: nn.Module, name: str) -> None:
     """
     state = state_of(model)
     group = adapter_group(state, name)
+    _refuse_contexts(state)
     if not group.merged:
         raise NotMergeable(f"the adapter {name!r} is not merged")
     mine = {(id(module), tensor) for module, tensor, _, _ in state.originals[name]}
@@ -133,6 +136,14 @@ def unmerge(model: nn.Module, name: str) -> None:
         ties.refresh(unwrap(model))
     group.merged = False
     state.refresh()
+
+
+def _refuse_contexts(state: ModelState) -> None:
+    """What acts in a block was settled when it began; a write into the base would come on top of it."""
+    plan = present(state.owner)
+    if state.owner.open or (plan is not None and (plan.acts is not None or plan.factors is not None)):
+        kind = "tt.routed" if state.owner.open else "tt.disabled or tt.scaled"
+        raise NotMergeable(f"a block of {kind} is open on this model, here or in another thread; merge and unmerge outside of it")
 
 
 def _targets(state: ModelState, group: Group, into: str | None) -> list[Target]:

@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from torch import Tensor, nn
 
 from trimtab.core.contracts import Adapter, TokenAdapter
 from trimtab.core.flows import ATTENTION_DUTIES
-from trimtab.core.host import CHILD, Host, escape, on_tensors
+from trimtab.core.host import CHILD, Host, by_weight, escape
 from trimtab.core.site import base_class
 
 __all__ = ["adapted_class", "dismount", "feed", "mount", "retire", "serve"]
 
-_CLASSES: dict[tuple[type, frozenset[str], bool], type] = {}
+Key = tuple[type, frozenset[str], frozenset[str], bool]
+_CLASSES: dict[Key, type] = {}
 
 
 def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return self._modules[CHILD].run(self, args, kwargs)
 
 
-def _property(tensor: str) -> property:
-    def read(self: nn.Module) -> Tensor:
-        return self._modules[CHILD].substitute(self, tensor)
+def _property(tensor: str, reading: Callable[[Host, nn.Module, str], Tensor | None]) -> property:
+    def read(self: nn.Module) -> Tensor | None:
+        try:
+            return reading(self._modules[CHILD], self, tensor)
+        except AttributeError as error:  # nn.Module would answer with the base's parameter instead
+            raise RuntimeError(f"reading {tensor!r} of an adapted {type(self).__name__} failed: {error}") from error
 
-    return property(read)
+    def write(self: nn.Module, value: Any) -> None:
+        self.__dict__[tensor] = value  # nn.Module has kept parameters for itself: what comes here is anything else
+
+    return property(read, write)
 
 
 def _redirecting() -> property:
@@ -41,13 +48,19 @@ def _redirecting() -> property:
 
 def _reduce_ex(self: nn.Module, protocol: int) -> tuple:
     """Pickle and deepcopy by the base class, since the subclass is made at run time."""
-    cls = type(self)
-    return _revive, (cls._trimtab_base, cls._trimtab_tensors, cls._trimtab_redirected), self.__dict__.copy()
+    return _revive, type(self)._trimtab_key, self.__dict__.copy()
 
 
-def _revive(base: type, tensors: frozenset[str], redirected: bool = False) -> nn.Module:
-    cls = adapted_class(base, tensors, redirected)
+def _revive(base: type, tensors: frozenset[str], shown: frozenset[str] = frozenset(), redirected: bool = False) -> nn.Module:
+    cls = adapted_class(base, tensors, shown, redirected)
     return cls.__new__(cls)
+
+
+def _setstate(self: nn.Module, state: dict) -> None:
+    type(self)._trimtab_base.__setstate__(self, state)
+    host = self._modules.get(CHILD)
+    if host is not None and "_modules" in host.__dict__:
+        host.inside(self)
 
 
 class _Sequence:
@@ -68,38 +81,53 @@ class _Sequence:
         return list(self._shown().values())[index]
 
 
-def adapted_class(base: type, tensors: frozenset[str], redirected: bool = False) -> type:
+def adapted_class(
+    base: type, tensors: frozenset[str] = frozenset(), shown: frozenset[str] = frozenset(), redirected: bool = False
+) -> type:
     """The subclass of ``base`` that runs a host; cached, so that equal places have equal classes.
 
     Args:
-        tensors: parameters that become properties.
+        tensors: parameters that the module's own forward reads adapted.
+        shown: parameters, these among them, that others read adapted.
         redirected: whether it is an attention whose function is found by name.
     """
-    key = (base, tensors, redirected)
+    key = (base, tensors, shown, redirected)
     if key not in _CLASSES:
-        body: dict[str, Any] = {
+        common = {
             "__module__": base.__module__,
             "__qualname__": base.__qualname__,
             "__doc__": base.__doc__,
             "_trimtab_base": base,
-            "_trimtab_tensors": tensors,
-            "_trimtab_redirected": redirected,
-            "forward": _forward,
-            "__reduce_ex__": _reduce_ex,
+            "_trimtab_key": key,
         }
-        body.update({tensor: _property(tensor) for tensor in tensors})
         if redirected:
-            body["config"] = _redirecting()
+            common["config"] = _redirecting()
         bases = (_Sequence, base) if issubclass(base, nn.Sequential) else (base,)
-        _CLASSES[key] = type(base.__name__, bases, body)
+        inside = {tensor: _property(tensor, Host.substitute) for tensor in tensors}
+        outside = {tensor: _property(tensor, Host.read) for tensor in shown}
+        outside |= {"forward": _forward, "__reduce_ex__": _reduce_ex, "__setstate__": _setstate}
+        outside["_trimtab_inside"] = type(base.__name__, bases, {**common, **inside}) if shown else None
+        _CLASSES[key] = type(base.__name__, bases, {**common, **outside})
     return _CLASSES[key]
+
+
+def _shown(adapter: Adapter) -> frozenset[str]:
+    """Parameters that others must not read as the base's while ``adapter`` acts: those that it changes; of a module whose
+    activations it changes in a way that no weight does, all."""
+    effects = by_weight(adapter)
+    if effects:
+        return frozenset(each.site.tensor for each in effects)
+    if isinstance(adapter, TokenAdapter) and adapter.duty not in ATTENTION_DUTIES:
+        return frozenset()
+    return frozenset(name for name, value in adapter.site.module._parameters.items() if value is not None)
 
 
 def mount(module: nn.Module, name: str, adapter: Adapter) -> Host:
     """Put ``adapter`` beneath ``module``; the module's class becomes (or stays) an adapted one."""
-    tensors = frozenset(each.site.tensor for each in on_tensors(adapter)) if adapter.site.substitutes else frozenset()
+    shown = _shown(adapter)
+    tensors = shown if adapter.site.substitutes else frozenset()
     attends = isinstance(adapter, TokenAdapter) and adapter.duty in ATTENTION_DUTIES
-    host = _hosted(module, tensors, attends=attends)
+    host = _hosted(module, tensors, shown, attends=attends)
     host.path = adapter.site.path
     host.put(name, adapter.site.slot, adapter)
     return host
@@ -107,27 +135,31 @@ def mount(module: nn.Module, name: str, adapter: Adapter) -> Host:
 
 def feed(source: nn.Module, name: str, adapter: Adapter) -> None:
     """Let ``adapter``, mounted already, read ``source``'s input."""
-    slots = _hosted(source, frozenset()).slots(name)
+    host = _hosted(source)
+    host.path = adapter.site.source_path
+    slots = host.slots(name)
     slots.feeds.append((adapter.site.module._modules[CHILD], adapter.site.source_path))
 
 
 def serve(module: nn.Module, path: str, name: str, duty: str, adapter: TokenAdapter) -> Host:
     """Let ``module`` at ``path`` do its part for a token adapter called ``name`` that stands elsewhere."""
-    host = _hosted(module, frozenset(), attends=duty in ATTENTION_DUTIES)
+    host = _hosted(module, attends=duty in ATTENTION_DUTIES)
     host.path = path
     host.served.setdefault(name, []).append((duty, adapter))
     return host
 
 
-def _hosted(module: nn.Module, tensors: frozenset[str], *, attends: bool = False) -> Host:
-    """The host beneath ``module``, made if there is none, its class replacing ``tensors`` among others.
+def _hosted(
+    module: nn.Module, tensors: frozenset[str] = frozenset(), shown: frozenset[str] = frozenset(), *, attends: bool = False
+) -> Host:
+    """The host beneath ``module``, made if there is none.
 
     Args:
+        tensors, shown: as in ``adapted_class``; those of earlier adapters stay.
         attends: whether it is an attention that learned tokens must reach.
     """
     base = base_class(module)
-    tensors = getattr(type(module), "_trimtab_tensors", frozenset()) | tensors
-    redirected = getattr(type(module), "_trimtab_redirected", False)
+    _, before, seen, redirected = getattr(type(module), "_trimtab_key", (base, frozenset(), frozenset(), False))
     host = module._modules.get(CHILD)
     if host is None:
         host = Host()
@@ -140,7 +172,8 @@ def _hosted(module: nn.Module, tensors: frozenset[str], *, attends: bool = False
         redirected = host.redirected = asks_registry(module)
         host.cached = not reachable(module) and layer_cache(module) is not None
         host.reachable = host.cached or reachable(module)
-    module.__class__ = adapted_class(base, tensors, redirected)
+    module.__class__ = adapted_class(base, before | tensors, seen | shown, redirected)
+    host.inside(module)
     _rebind_saved_forward(module)
     return host
 

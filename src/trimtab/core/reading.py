@@ -24,13 +24,14 @@ from torch import Tensor
 from trimtab.core.errors import CheckpointMismatch, TrimtabError, raise_all
 
 __all__ = [
-    "LONGEST", "check_fields", "check_finite", "inflate", "inside", "listed", "parse_json", "read_bytes", "read_json",
-    "regular_size", "scale_problems",
+    "LONGEST", "check_fields", "check_finite", "check_pattern", "inflate", "inside", "listed", "parse_json", "read_bytes",
+    "read_json", "regular_size", "scale_problems",
 ]  # fmt: skip
 
 LONGEST = 100_000_000  # bytes of a JSON text; safetensors' own bound of a header
 VALUES = 4_000_000  # of a JSON text: numbers, names, lists
 DEEPEST = 64
+_MOST_REPEATS = 8
 _LARGEST = torch.finfo(torch.float32).max
 DIGITS = 40  # transformers writes a tokenizer's "no limit" as an integer of 31 digits
 
@@ -202,6 +203,34 @@ def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
         if not value.is_meta and (value.is_floating_point() or value.is_complex()) and not bool(torch.isfinite(value).all()):
             problems.append(CheckpointMismatch(f"{key} in {source} holds NaN or infinite values; restore it from a copy"))
     raise_all(problems)
+
+
+def check_pattern(pattern: str, source: str) -> None:
+    """Whether a regular expression that a file holds can be compiled, and matched in a time that its length explains.
+
+    Raises:
+        CheckpointMismatch: it is none, or repeats without end what itself repeats without end, which can take for ever.
+    """
+    try:
+        tree = re._parser.parse(pattern)  # type: ignore[attr-defined]
+    except (re.error, RecursionError, OverflowError) as error:
+        raise CheckpointMismatch(f"{source} holds the pattern {_short(pattern)}, which is no regular expression: {error}") from None
+    if _unbounded(tree) > _MOST_REPEATS:
+        raise CheckpointMismatch(f"{source} holds the pattern {_short(pattern)}, which could take for ever to match")
+
+
+def _unbounded(node: Any) -> int:
+    """Unbounded repeats that stand one after another in a parsed expression; very many where one is within another."""
+    repeat, endless = re._constants, re._constants.MAXREPEAT  # type: ignore[attr-defined]
+    if isinstance(node, tuple) and len(node) == 2 and node[0] in (repeat.MAX_REPEAT, repeat.MIN_REPEAT):
+        _, most, inner = node[1]
+        found = _unbounded(inner)
+        return (1 if not found else 1000) if most is endless else found
+    if isinstance(node, tuple) and len(node) == 2 and node[0] is repeat.BRANCH:
+        return max(map(_unbounded, node[1][1]))
+    if isinstance(node, re._parser.SubPattern) or isinstance(node, list | tuple):  # type: ignore[attr-defined]
+        return sum(map(_unbounded, node))
+    return 0
 
 
 def scale_problems(adapters: Iterable[Any], source: str) -> list[TrimtabError]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.core.errors import CheckpointMismatch, Unsupported, nearest
+from trimtab.core.folders import recover
 from trimtab.core.reading import listed, regular_size
 
 __all__ = ["MANIFEST", "check_options", "recognise"]
@@ -25,6 +26,7 @@ def recognise(path: Path, formats: Callable[[], Mapping[str, Any]]) -> str:
         CheckpointMismatch: nothing that is known, with a word on what it is; or damaged, so that it cannot be told.
     """
     path = Path(path)
+    recover(path)
     if (path / MANIFEST).exists():
         return "trimtab"
     if not path.exists():
@@ -37,7 +39,9 @@ def recognise(path: Path, formats: Callable[[], Mapping[str, Any]]) -> str:
         return found
     if path.is_dir():
         inside = listed(p.name for p in path.iterdir())
-        raise CheckpointMismatch(f"{path} holds no trimtab adapter: there is no {MANIFEST} (found: {inside})")
+        several = sum(p.suffix in (".safetensors", ".bin", ".pt") for p in path.iterdir()) > 1
+        hint = "; of several files of tensors, give the one that is meant" if several else ""
+        raise CheckpointMismatch(f"{path} holds no trimtab adapter: there is no {MANIFEST} (found: {inside}){hint}")
     names = ", ".join(["trimtab", *known])
     raise CheckpointMismatch(f"{path} is a file of no known adapter format{_hint(path)}; known formats: {names}")
 

@@ -1,8 +1,9 @@
 """One adapter a row: rows with adapters of one family (method and shapes) run as one batched operation.
 
-The parameters of a family's adapters are stacked once when the context is entered; inside, a row's parameters are
-gathered by an index tensor and the method's own forward is mapped over rows with ``torch.vmap``. So the number of
-operations depends on the number of families in the batch, not on the number of adapters.
+The parameters of a family's adapters are stacked, a row's parameters are gathered by an index tensor, and the method's own
+forward is mapped over rows with ``torch.vmap``. So the number of operations depends on the number of families in the batch, not on
+the number of adapters. The forward that is mapped is that of a light copy of the adapters with a row's parameters in it: those of
+the model are never exchanged, so that threads can share them.
 """
 
 from __future__ import annotations
@@ -14,57 +15,53 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
+from trimtab.core.acts import NOTHING, Acts
 from trimtab.core.calls import first_of, replace_first, replace_output
 from trimtab.core.contracts import ActivationAdapter, Adapter, TokenAdapter
 from trimtab.core.errors import Unsupported
-from trimtab.core.host import Host
+from trimtab.core.host import Host, weighed
+from trimtab.core.scope import Factor
 from trimtab.core.state import ModelState, host
 from trimtab.core.tokens import Acting
 
-__all__ = ["clear_routes", "set_routes"]
+__all__ = ["routes_of"]
 
 Chain = tuple[Adapter, ...]
 
 
-class _Run(nn.Module):
-    """A row's adapters, so that ``functional_call`` can give them a row's parameters."""
-
-    def __init__(self, template: Host):
-        super().__init__()
-        parts = (a for part in template.parts for a in part)
-        self.chain = nn.ModuleList([*template.whole, *parts, *template.inputs, *template.outputs])
-        # a plain attribute: the host stays out of this module's tree
-        object.__setattr__(self, "template", template)
-
-    def forward(self, step: Step, *tensors: Tensor) -> Tensor:
-        return step.run(self.template, *tensors)
+def _with(module: nn.Module, values: dict[int, Tensor]) -> nn.Module:
+    """A light copy of ``module`` with other tensors, by the id of those that they stand for; all else is shared."""
+    new = object.__new__(type(module))
+    held = {name: {key: values.get(id(t), t) for key, t in module.__dict__[name].items()} for name in ("_parameters", "_buffers")}
+    below = {key: None if child is None else _with(child, values) for key, child in module._modules.items()}
+    object.__setattr__(new, "__dict__", {**module.__dict__, **held, "_modules": below})
+    return new
 
 
 @dataclass(frozen=True)
 class Step:
-    """One of the things that happen at a module: what a row goes through, and whether a host has anything to do there."""
+    """One of the things that happen at a module: what a row goes through, and whether its adapters have anything to do there."""
 
     run: Callable[..., Tensor]
-    acts: Callable[[Host], bool]
+    acts: Callable[[Acts], bool]
 
 
-def _inputs(host: Host, x: Tensor) -> Tensor:
-    for adapter in host.inputs:
+def _inputs(acts: Acts, x: Tensor) -> Tensor:
+    for adapter in acts.inputs:
         x = adapter(x, x)
     return x
 
 
-def _outputs(host: Host, y: Tensor, *reads: Tensor, sources: Sequence[str | None]) -> Tensor:
+def _outputs(acts: Acts, y: Tensor, *reads: Tensor, sources: Sequence[str | None]) -> Tensor:
     """``reads``: what the adapters read, by ``sources``."""
-    for adapter in host.outputs:
+    for adapter in acts.outputs:
         y = adapter(reads[sources.index(adapter.site.source_path)], y)
     return y
 
 
-INPUTS = Step(_inputs, lambda host: bool(host.inputs))
-MATRIX = Step(lambda host, x: host.contract(x), lambda host: bool(host.whole or host.parts))
+INPUTS = Step(_inputs, lambda acts: bool(acts.inputs))
+MATRIX = Step(lambda acts, x: acts.contract(x), lambda acts: acts.on_matrix)
 
 
 @dataclass
@@ -73,19 +70,43 @@ class Family:
 
     Attributes:
         rows: row numbers, shape ``(rows,)``.
-        run: the template; None for rows of the base alone.
-        index: which of the stacked adapters each row uses, shape ``(rows,)``.
-        stacked: parameter name -> ``(adapters, ...)``.
+        chains: the different adapters of these rows, alike in methods and shapes; none for rows of the base alone.
+        index: which of the chains each row uses, shape ``(rows,)``.
     """
 
     rows: Tensor
-    run: _Run | None = None
+    chains: list[Acts] = field(default_factory=list)
     index: Tensor | None = None
-    stacked: dict[str, Tensor] = field(default_factory=dict)
 
     def acts(self, step: Step) -> bool:
         """Whether its rows take part in ``step``."""
-        return self.run is not None and step.acts(self.run.template)
+        return bool(self.chains) and step.acts(self.chains[0])
+
+    def gathered(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The tensors of the first chain, and what each row has in their places, ``(rows, ...)``.
+
+        Stacked at every call, so that what an optimizer or a load wrote meanwhile is seen.
+        """
+        tensors = [_tensors(chain) for chain in self.chains]
+        stacked = [torch.stack(each) if len(each) > 1 else each[0][None] for each in zip(*tensors, strict=True)]
+        return tensors[0], [each.index_select(0, self.index) for each in stacked]
+
+    def mapped(self, step: Step, *rows: Tensor) -> Tensor:
+        """``step`` on each row, with its own adapters; ``(rows, items of a row, ...)``."""
+        first, gathered = self.gathered()
+        template = self.chains[0]
+
+        def one(values: list[Tensor], *row: Tensor) -> Tensor:
+            there = {id(old): new for old, new in zip(first, values, strict=True)}
+            return step.run(template.mapped(lambda adapter: _with(adapter, there)), *row)
+
+        return torch.vmap(one, randomness="different")(gathered, *rows)
+
+
+def _tensors(acts: Acts) -> list[Tensor]:
+    """Parameters and buffers of a chain, each once."""
+    found = {id(t): t for adapter in acts.adapters for t in (*adapter.parameters(), *adapter.buffers())}
+    return list(found.values())
 
 
 @dataclass
@@ -108,30 +129,41 @@ class Route:
     feeds: list[tuple[Host, str]]
     acting: dict[str, Acting]
 
-    def run(self, host: Host, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+    def run(self, host: Host, module: nn.Module, factor: Factor | None, args: tuple, kwargs: dict) -> Any:
         """The module's output, each row through its own adapters.
 
         Matrices are adapted row by row. A module whose activations alone are adapted runs once, on the whole batch: its other
         arguments (masks, positions) may have rows too.
         """
-        base = module._trimtab_base.forward
-        if all(family.run is None for family in self.families):
-            return base(module, *args, **kwargs)
-        given = first_of(args, kwargs)
+        if not any(family.chains for family in self.families):
+            return host.base(module, args, kwargs)
+        given, own = first_of(args, kwargs), (args, kwargs)
+        inner = self._any(INPUTS) or self._any(MATRIX)
         if self._any(INPUTS):
             args, kwargs = replace_first(args, kwargs, lambda x: self._each(INPUTS, lambda rows: rows, module, x))
         if self._any(MATRIX):
             rest, keys = args[1:], list(kwargs)
-            call = lambda x: base(module, x, *rest, **kwargs) if args else base(module, **{**kwargs, keys[0]: x})  # noqa: E731
+            call = lambda x: host.base(module, (x, *rest), kwargs) if args else host.base(module, (), {**kwargs, keys[0]: x})  # noqa: E731
             y = self._each(MATRIX, call, module, first_of(args, kwargs))
         else:
-            y = base(module, *args, **kwargs)
-        if not self.readers:
-            return y
-        sources = [adapter.site.source_path for adapter in self.readers]
-        outputs = Step(partial(_outputs, sources=sources), lambda host: bool(host.outputs))
-        reads = host.take(self.readers, first_of(args, kwargs), given)
-        return replace_output(y, lambda first: self._each(outputs, lambda rows: rows, module, first, *reads))
+            y = host.base(module, args, kwargs)
+        plain = host.plain(module, factor, None if inner else y, *own)
+        if self.readers:
+            sources = [adapter.site.source_path for adapter in self.readers]
+            outputs = Step(partial(_outputs, sources=sources), lambda acts: bool(acts.outputs))
+            reads = host.take(self.readers, first_of(args, kwargs), given)
+            y = replace_output(y, lambda first: self._each(outputs, lambda rows: rows, module, first, *reads))
+        return y if plain is None else weighed(y, plain, factor)
+
+    def alike(self, host: Host, tensor: str) -> tuple[Acts, str | None]:
+        """What a read of the module's parameter ``tensor`` means, which has no rows: what acts there, and why it means nothing."""
+        acts = [NOTHING if not family.chains else chain for family in self.families for chain in family.chains or [NOTHING]]
+        if len(acts) == 1 or not any(tensor in each.read or each.blind for each in acts):
+            return acts[0], None
+        return NOTHING, (
+            f"{host.path}.{tensor} is read past the module's forward, where the rows of a batch have one tensor, and tt.routed "
+            "gives them different adapters; run one batch an adapter, or target other places"
+        )
 
     def _any(self, step: Step) -> bool:
         return any(family.acts(step) for family in self.families)
@@ -146,12 +178,7 @@ class Route:
                 y = base(mine[0].flatten(0, 1))
                 parts.append(y.reshape(*mine[0].shape[:2], *y.shape[1:]))
                 continue
-            params = {key: value.index_select(0, family.index) for key, value in family.stacked.items()}
-
-            def one(params: dict[str, Tensor], *row: Tensor, run: _Run = family.run) -> Tensor:
-                return functional_call(run, params, (step, *row))
-
-            parts.append(torch.vmap(one, randomness="different")(params, *mine))
+            parts.append(family.mapped(step, *mine))
         return torch.cat(parts).index_select(0, self.order).flatten(0, 1)
 
     def _per_row(self, x: Tensor, module: nn.Module) -> int:
@@ -164,21 +191,13 @@ class Route:
         return x.shape[0] // self.count
 
 
-def set_routes(state: ModelState, rows: list[tuple[str, ...]]) -> None:
-    """Give every host its route for these rows.
+def routes_of(state: ModelState, rows: list[tuple[str, ...]]) -> dict[str, Route]:
+    """The route of every hosted module for these rows, by path.
 
     Raises:
         Unsupported: an adapter acts by substitution, where rows of a batch cannot be told apart.
     """
-    routes = {path: _route(module, rows) for path, module in state.hosts.items()}
-    for path, route in routes.items():
-        host(state.hosts[path]).route = route
-
-
-def clear_routes(state: ModelState) -> None:
-    """Take the routes away."""
-    for module in state.hosts.values():
-        host(module).route = None
+    return {path: _route(module, rows) for path, module in state.hosts.items()}
 
 
 def _route(module: nn.Module, rows: list[tuple[str, ...]]) -> Route:
@@ -196,11 +215,11 @@ def _route(module: nn.Module, rows: list[tuple[str, ...]]) -> Route:
         family = Family(torch.tensor(numbers, device=device))
         if signature:
             distinct = list(dict.fromkeys(rows[n] for n in numbers))
-            _fill(family, [chains[row] for row in distinct])
+            family.chains = [Acts(chains[row]) for row in distinct]
             family.index = torch.tensor([distinct.index(rows[n]) for n in numbers], device=device)
         families.append(family)
     order = torch.cat([family.rows for family in families]).argsort()
-    acting = [a for family in families if family.run is not None for a in family.run.template.outputs]
+    acting = [a for family in families for chain in family.chains[:1] for a in chain.outputs]
     readers = {a.site.source_path: a for a in reversed(acting)}
     feeds = here.feeds_of(tuple({name for row in rows for name in row}))
     return Route(len(rows), families, order, list(readers.values()), feeds, _duties(here, rows))
@@ -236,20 +255,3 @@ def _signature(chain: Chain) -> tuple:
         )
         for a in chain
     )
-
-
-def _fill(family: Family, chains: list[Chain]) -> None:
-    """Template and stacked parameters of a family from its distinct chains."""
-    runs = [_Run(_template(chain)) for chain in chains]
-    tensors = [dict((*run.named_parameters(), *run.named_buffers())) for run in runs]
-    family.run = runs[0]
-    family.stacked = {key: torch.stack([each[key] for each in tensors]) for key in tensors[0]}
-
-
-def _template(chain: Chain) -> Host:
-    """A host outside the model that holds one chain alone, all of it acting."""
-    template = Host()
-    for position, adapter in enumerate(chain):
-        template.put(str(position), adapter.site.slot, adapter)
-    template.refresh(tuple(str(position) for position in range(len(chain))))
-    return template

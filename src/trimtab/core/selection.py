@@ -136,7 +136,12 @@ def describe(anatomy: Anatomy) -> str:
 def _layers(anatomy: Anatomy, layers: Sequence[int] | None, problems: list[TrimtabError]) -> set[int] | None:
     if layers is None:
         return None
-    wanted = set(layers)
+    many = isinstance(layers, Iterable) and not isinstance(layers, str | bytes)
+    given = list(layers) if many else [layers]
+    if any(isinstance(i, bool) or not isinstance(i, int) for i in given):
+        problems.append(NoMatch(f"layers are numbers of blocks, as in layers=[0, 1], found {layers!r}"))
+        return None
+    wanted = set(given)
     bad = sorted(i for i in wanted if not 0 <= i < len(anatomy.blocks))
     if bad or not wanted:
         valid = f"0 to {len(anatomy.blocks) - 1}" if anatomy.blocks else "none: no repeated blocks were found"

@@ -30,7 +30,12 @@ from torch.nn import functional as F
 
 from trimtab.core.errors import Unsupported
 
-__all__ = ["Cohort", "Operation", "Rows", "Site", "base_class", "dense", "gathered", "is_quantised", "register_storage"]
+__all__ = [
+    "CHILD", "Cohort", "Operation", "Rows", "Site", "base_class", "dense", "gathered", "inside", "is_quantised", "register_storage",
+]  # fmt: skip
+
+#: name of the child module beneath an adapted module
+CHILD = "trimtab"
 
 # (test, dequantise) pairs for weights whose class does not offer ``dequantize()``; filled by trimtab.compat
 _STORAGES: list[tuple[Callable[[Tensor], bool], Callable[[Tensor, nn.Module], Tensor]]] = []
@@ -72,6 +77,12 @@ def gathered(tensor: Tensor) -> Tensor:
 def base_class(module: nn.Module) -> type[nn.Module]:
     """The class that ``module`` had before anything was attached to it."""
     return getattr(type(module), "_trimtab_base", type(module))
+
+
+def inside(module: nn.Module) -> nn.Module:
+    """``module`` as its own forward sees it: its parameters are the base's, unless an adapter acts by substitution."""
+    host = module._modules.get(CHILD)
+    return module if host is None else host.inside(module)
 
 
 @dataclass(frozen=True)

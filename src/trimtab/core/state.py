@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from trimtab.core.contracts import Adapter
 from trimtab.core.errors import NoMatch, Unsupported, nearest
 from trimtab.core.host import CHILD, Host
+from trimtab.core.scope import Owner, present
 from trimtab.core.site import Site, gathered
 
 __all__ = ["Group", "ModelState", "adapter_group", "state_of", "unwrap"]
@@ -48,14 +49,28 @@ class ModelState:
     thawed: list[tuple[nn.Module, str]] = field(default_factory=list)
     #: adapter name -> what unmerge puts back: (module, parameter name, tensor, whether the parameter object was replaced)
     originals: dict[str, list[tuple[nn.Module, str, Tensor, bool]]] = field(default_factory=dict)
+    #: the model as contexts know it
+    owner: Owner = field(default_factory=Owner)
     #: adapter name -> the configs whose flag its merge turned off, since it cut a tie
     untied: dict[str, list[Any]] = field(default_factory=dict)
 
     def refresh(self) -> None:
-        """Rewrite every host's lists after a change of what acts. Merged adapters act through the weights."""
-        acting = tuple(name for name in self.active if not self.groups[name].merged)
+        """Rewrite what acts at every host outside of contexts. Merged adapters act through the weights."""
+        acting = self.unmerged(self.active)
         for module in self.hosts.values():
+            host(module).owner = self.owner
             host(module).refresh(acting)
+
+    def unmerged(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Those of ``names`` that act beside the weights."""
+        return tuple(name for name in names if not self.groups[name].merged)
+
+    def acting(self) -> tuple[str, ...] | None:
+        """Names of the adapters that act here, in this context, in order; None: the rows of a batch have adapters of their own."""
+        plan = present(self.owner)
+        if plan is None or (plan.names is None and plan.routes is None):
+            return self.active
+        return plan.names
 
 
 def host(module: nn.Module) -> Host:
@@ -89,12 +104,21 @@ def state_of(model: nn.Module, *, create: bool = False) -> ModelState:
             raise Unsupported(f"no adapter is attached to this {type(model).__name__}{hint}")
         state = ModelState()
         root.__dict__[ATTRIBUTE] = state
+        if hasattr(root, "save_pretrained"):
+            from trimtab.compat.beside import hook
+
+            hook(root)
     return state
 
 
 def drop_state(model: nn.Module) -> None:
     """Forget the state; the model is as it was before the first attach."""
-    unwrap(model).__dict__.pop(ATTRIBUTE, None)
+    root = unwrap(model)
+    root.__dict__.pop(ATTRIBUTE, None)
+    if "save_pretrained" in root.__dict__:
+        from trimtab.compat.beside import unhook
+
+        unhook(root)
 
 
 def adapter_group(state: ModelState, name: str) -> Group:

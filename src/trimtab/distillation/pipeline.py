@@ -28,6 +28,7 @@ import torch
 from rich.console import Console
 
 from trimtab.core.checkpoint import load
+from trimtab.core.files import locked
 from trimtab.distillation import endpoint
 from trimtab.distillation.config import TransferConfig
 from trimtab.distillation.measures import area_under_curve
@@ -38,6 +39,7 @@ from trimtab.training.config import read_config, to_yaml
 from trimtab.training.data import load_rows
 from trimtab.training.errors import RunError
 from trimtab.training.files import append_lines, json_lines, write_text
+from trimtab.training.folder import telling_of_disk
 from trimtab.training.models import load_decoder
 
 __all__ = ["TransferResult", "transfer"]
@@ -82,19 +84,20 @@ def transfer(
     """Train an adapter for ``target`` that does what ``source.adapter`` does, from a few seeds; resumes by itself.
 
     Raises:
-        ConfigError: a key or value that cannot be used. RunError: ``output`` holds another transfer.
-        TooFewAccepted: the filter lets too little through.
+        ConfigError: a key or value that cannot be used. RunError: ``output`` holds another transfer, or cannot be written.
+        Busy: another process transfers into it. TooFewAccepted: the filter lets too little through.
     """
     resolved = read_config(config, lambda _: TransferConfig, overrides=overrides)
     console = console or Console(quiet=True)
     console.print(to_yaml(resolved), markup=False, highlight=False)
     output = Path(resolved.output)
-    _claim(output, resolved)
-    if (output / RESULT).is_file():
-        console.print(f"the transfer in {output} is complete")
-        return TransferResult(**json.loads((output / RESULT).read_text("utf-8")))
-    result = _Stages(resolved, output, console).run()
-    write_text(output / RESULT, json.dumps(asdict(result), indent=2) + "\n")
+    with telling_of_disk(output), locked(output, "transfers into"):
+        _claim(output, resolved)
+        if (output / RESULT).is_file():
+            console.print(f"the transfer in {output} is complete")
+            return TransferResult(**json.loads((output / RESULT).read_text("utf-8")))
+        result = _Stages(resolved, output, console).run()
+        write_text(output / RESULT, json.dumps(asdict(result), indent=2) + "\n")
     console.print(f"{result.made} made inputs, {result.acceptance:.1%} of {result.drawn} drawn; adapter in {result.adapter}")
     return result
 

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from trimtab.core.site import Operation
-from trimtab.kernels.mode import compute_dtype, fused, if_learnt
+from trimtab.kernels.mode import compute_dtype, fused, given, if_learnt
 
 __all__ = ["Rule", "beside"]
 
@@ -80,7 +80,7 @@ class _Beside(torch.autograd.Function):
         rule.add_(y, flat, kept, *(p.to(dtype) for p in params))
         ctx.save_for_backward(if_learnt(x if kept is None else kept, ctx.needs_input_grad[6:]), W, *params)
         ctx.rule, ctx.shape, ctx.dtypes = rule, x.shape, (dtype, x.dtype, None if bias is None else bias.dtype)
-        return y.view(*x.shape[:-1], out)
+        return given(y, *x.shape[:-1], out)
 
     @staticmethod
     @once_differentiable

@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from trimtab.core.site import Operation, Site
 from trimtab.kernels.gain import Unbiased
-from trimtab.kernels.mode import compute_dtype, fused, if_learnt
+from trimtab.kernels.mode import compute_dtype, fused, given, if_learnt
 from trimtab.kernels.rebuilt import Pull, Recipe, readable, rebuilt
 
 __all__ = ["BlockAffine", "block_affine", "lifted", "mixed", "reweighted"]
@@ -121,7 +121,8 @@ class _Mixed(torch.autograd.Function):
         ctx.save_for_backward(if_learnt(x, ctx.needs_input_grad[2:]), b)
         blocks = x.to(dtype).reshape(-1, q, r).transpose(0, 1)  # (blocks, tokens, r)
         u = torch.bmm(blocks, b.to(dtype).transpose(1, 2))
-        return (blocks + u).transpose(0, 1).reshape(x.shape), u.sum(0).view(*x.shape[:-1], r)
+        z = (blocks + u).transpose(0, 1).reshape(-1, x.shape[-1])
+        return given(z, *x.shape), given(u.sum(0), *x.shape[:-1], r)
 
     @staticmethod
     @once_differentiable
@@ -164,7 +165,7 @@ class _Lifted(torch.autograd.Function):
         ctx.save_for_backward(v if ctx.needs_input_grad[2] else None, b)
         y = y.clone()
         y.transpose(0, 1).baddbmm_(v.transpose(0, 1), b.to(v.dtype))
-        return y.view(z.shape)
+        return given(y, *z.shape)
 
     @staticmethod
     @once_differentiable

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from trimtab.core.site import Operation, Site
 from trimtab.kernels.gain import scaled
-from trimtab.kernels.mode import compute_dtype, fused, if_learnt
+from trimtab.kernels.mode import compute_dtype, fused, given, if_learnt
 from trimtab.kernels.rebuilt import readable
 
 __all__ = ["block_scale", "blockscaled", "on_activations"]
@@ -135,7 +135,7 @@ class _Activations(torch.autograd.Function):
         kept = kept if ctx.needs_input_grad[5] else None
         ctx.save_for_backward(if_learnt(x, ctx.needs_input_grad[4:5]), W, a, b, kept)
         ctx.source, ctx.dtype = source, dtype
-        return y.flatten(1)
+        return given(y, len(x), out)
 
     @staticmethod
     @once_differentiable

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from trimtab.core.errors import ShapeMismatch
 from trimtab.kernels.dropout import draw_seed, keep_mask, keep_rate, masks
 from trimtab.kernels.lowrank import KEEP, down
-from trimtab.kernels.mode import compute_dtype, fused, if_learnt
+from trimtab.kernels.mode import compute_dtype, fused, given, if_learnt
 
 __all__ = ["ACTIVATIONS", "Make", "Parts", "bottleneck"]
 
@@ -161,7 +161,7 @@ class _Bottleneck(Function):
         # without x there is nothing to make u from again
         asked = (few and any(need)) if any(need[9:]) else need[2] or (need[0 if ctx.series else 1] and ACTIVATIONS[act] is not None)
         ctx.save_for_backward(if_learnt(x, need[9:]), s, u if asked else None, *factors)
-        return torch.ops.aten._unsafe_view(new, y.shape)
+        return given(new, *y.shape)
 
     @staticmethod
     @once_differentiable

@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 from trimtab.core.site import Operation
 from trimtab.kernels.beside import Rule, beside
-from trimtab.kernels.mode import compute_dtype, fused, if_learnt
+from trimtab.kernels.mode import compute_dtype, fused, given, if_learnt
 
 __all__ = ["added", "entries", "entry_gradients"]
 
@@ -114,7 +114,8 @@ class _Patched(torch.autograd.Function):
     def forward(ctx: Any, places: Places, dtype: torch.dtype, x: Tensor, W: Tensor, bias: Tensor | None, values: Tensor) -> Tensor:
         ctx.save_for_backward(if_learnt(x, ctx.needs_input_grad[5:]), W, values)
         ctx.places, ctx.dtype, ctx.bias_dtype = places, dtype, None if bias is None else bias.dtype
-        return F.linear(x.to(dtype), _patched(W, places(), values, dtype), None if bias is None else bias.to(dtype))
+        y = F.linear(x.to(dtype), _patched(W, places(), values, dtype), None if bias is None else bias.to(dtype))
+        return given(y, *y.shape)
 
     @staticmethod
     @once_differentiable

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trimtab.core.site import Operation
-from trimtab.kernels.mode import compute_dtype, fused, if_learnt
+from trimtab.kernels.mode import compute_dtype, fused, given, if_learnt
 
 __all__ = ["Competition", "gain", "kernel_delta", "kernelized", "quantile"]
 
@@ -181,7 +181,7 @@ class _Kernelized(torch.autograd.Function):
         for here, _, _, K in _tiles(A, B, c, mix):
             U = K.mul_(gain(rule.rule, K, t))
             y.addmm_(flat[:, here], _weight(W, here, U, dtype))
-        return y.view(*x.shape[:-1], -1)
+        return given(y, *x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable

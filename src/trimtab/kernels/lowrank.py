@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from trimtab.core.site import Operation, Site
 from trimtab.kernels.dropout import draw_seed, keep_rate, masks
-from trimtab.kernels.mode import compute_dtype, fused, if_learnt
+from trimtab.kernels.mode import compute_dtype, fused, given, if_learnt
 
 __all__ = ["KEEP", "down", "low_rank", "narrow"]
 
@@ -213,7 +213,7 @@ class _Dense(Function):
         y = _begun(u, B, None if bias is None else bias.to(dtype)).addmm_(x2, W.to(dtype).t())
         kept = _kept(u, a.shape[0], x2.shape[1], ctx.needs_input_grad[4])
         ctx.save_for_backward(if_learnt(x, ctx.needs_input_grad[3:5]), W, kept, a, b, a0, b0)
-        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))  # no view: the next adapter may write it
+        return given(y, *x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable

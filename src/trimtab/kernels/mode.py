@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-__all__ = ["compute_dtype", "fused", "if_learnt"]
+__all__ = ["compute_dtype", "fused", "given", "if_learnt"]
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -33,6 +33,15 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     if x.dtype != torch.float64 and kind != "meta" and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return x.dtype
+
+
+def given(y: Tensor, *shape: int) -> Tensor:
+    """``y``, made in a custom Function, in the shape in which the Function gives it out.
+
+    No view: autograd refuses to let anybody write to a view that was made inside a custom Function, and a model may write to what
+    a layer gave it (``x.mul_``, ``nn.ReLU(inplace=True)``).
+    """
+    return torch.ops.aten._unsafe_view(y, shape)
 
 
 def if_learnt(x: Tensor, needs: Sequence[bool]) -> Tensor:

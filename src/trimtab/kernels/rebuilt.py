@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from trimtab.core.kinds import PartOperation
 from trimtab.core.site import Operation, Site
-from trimtab.kernels.mode import compute_dtype, fused, if_learnt
+from trimtab.kernels.mode import compute_dtype, fused, given, if_learnt
 
 __all__ = ["Pull", "Recipe", "readable", "rebuilt"]
 
@@ -82,7 +82,7 @@ class _Rebuilt(torch.autograd.Function):
         ctx.save_for_backward(if_learnt(x, ctx.needs_input_grad[5:]), W, *params)
         ctx.recipe, ctx.dtype, ctx.bias_dtype = recipe, dtype, None if bias is None else bias.dtype
         weight = _remake(recipe, W, (False,) * len(params), params, dtype)[0]
-        return F.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype))
+        return given(F.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype)), *x.shape[:-1], len(weight))
 
     @staticmethod
     @once_differentiable

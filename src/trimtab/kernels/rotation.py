@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from trimtab.core.site import Operation
-from trimtab.kernels.mode import compute_dtype, fused, if_learnt
+from trimtab.kernels.mode import compute_dtype, fused, given, if_learnt
 
 __all__ = [
     "Blocks", "BoundedBlocks", "CayleyBlocks", "TriangleBlocks", "cayley", "dense_rotation", "neumann", "rotate",
@@ -214,7 +214,7 @@ class _Rotate(torch.autograd.Function):
             flat = y = turn(flat, R[level], level, into=y)
         if W is not None:
             y = F.linear(y, W.to(dtype), None if bias is None else bias.to(dtype))
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return given(y, *x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from trimtab.kernels.codes import gather, unpack
-from trimtab.kernels.mode import compute_dtype, fused
+from trimtab.kernels.mode import compute_dtype, fused, given
 
 __all__ = ["dense_weight", "sketched", "to_table"]
 
@@ -86,7 +86,7 @@ class _Sketched(torch.autograd.Function):
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, table, codes)
         ctx.bits, ctx.dtype, ctx.shape, ctx.x_dtype = bits, dtype, x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return y.view(*x.shape[:-1], table.shape[0])
+        return given(y, *x.shape[:-1], table.shape[0])
 
     @staticmethod
     @once_differentiable

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from trimtab.core.site import Operation
 from trimtab.kernels.lowrank import narrow
-from trimtab.kernels.mode import compute_dtype, fused, if_learnt
+from trimtab.kernels.mode import compute_dtype, fused, given, if_learnt
 
 __all__ = ["Parts", "turned"]
 
@@ -94,7 +94,7 @@ class _Turned(torch.autograd.Function):
                 torch.mm(u, b.t(), out=y[run]).addmm_(z, Wt)
             if bias is not None:
                 y[run] += bias
-        return y.view(*x.shape[:-1], W.shape[0])
+        return given(y, *x.shape[:-1], W.shape[0])
 
     @staticmethod
     @once_differentiable
@@ -117,7 +117,7 @@ class _Parts(torch.autograd.Function):
         b, prepared = parts.prepare(*(p.to(dtype) for p in params))
         flat = x.reshape(-1, x.shape[-1]).to(dtype)
         made = [parts.make(flat[run], *prepared) for run in _runs(flat) or [slice(0)]]
-        z = torch.cat([z for z, _ in made]).view(x.shape).to(x.dtype)
+        z = given(torch.cat([z for z, _ in made]), *x.shape).to(x.dtype)
         return z, None if made[0][1] is None else torch.cat([_added(u, b) for _, u in made])
 
     @staticmethod

@@ -73,6 +73,8 @@ class CheckpointAveraging(Schedule):
         self.needs_steps = self.every is None or self.last is not None
         super().start(model, steps=steps)
         self.interval = self.every or max(1, steps // 20)
+        if self.every is not None:
+            self.tell_if_never("takes a checkpoint before the last step", self.every)
         adapters = self.services.adapters()
         named = {f"{a.site.path}.{a.site.slot}.{key}": p for a in adapters for key, p in a.named_parameters() if p.requires_grad}
         self.parameters: dict[str, nn.Parameter] = named

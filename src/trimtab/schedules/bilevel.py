@@ -135,7 +135,7 @@ class BilevelCompetition(Schedule):
         """Take the step's gradients into the scores, and give the budget out where it is due.
 
         Raises:
-            RuntimeError: the budget is due, and no step had finite gradients.
+            Unsupported: the budget is due, and no step had finite gradients.
         """
         super().step_end()
         self.importance.observe()
@@ -150,7 +150,7 @@ class BilevelCompetition(Schedule):
     def allocate(self, budget: int) -> list[int]:
         """Give ``budget`` entries out by the scores so far; returns what each place got."""
         if not self.importance.seen:
-            raise RuntimeError(
+            raise Unsupported(
                 "the budget is due and no place has had a finite gradient yet; call step_end() after backward and before the "
                 "gradients are cleared, or set warmup"
             )

@@ -32,6 +32,7 @@ A checkpoint is taken between two steps: after ``step_done``, before ``step_begi
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -101,6 +102,13 @@ class Schedule:
                 "tt.scheduled(..., steps=...)"
             )
         self.model, self.steps, self.step = model, steps, 0
+
+    def tell_if_never(self, what: str, every: int) -> None:
+        """Warn where the run is too short for something that happens every so many steps."""
+        if self.steps is not None and every >= self.steps:
+            warnings.warn(
+                f"{type(self).__name__} {what} every {every} steps, and so never in this run of {self.steps} steps", stacklevel=3
+            )
 
     def groups(self, groups: list[Group]) -> list[Group]:
         """The optimizer's groups: ``{"params": [...], "lr": ..., ...}``, to be split or changed; returns the new list."""

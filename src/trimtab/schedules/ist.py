@@ -107,6 +107,7 @@ class IST(LayerSampling):
             )
         if self.services.probes is None:
             raise ValueError("IST probes the model: give tt.scheduled loss= and batches=, or take tt.IST(uniform=True)")
+        self.tell_if_never("updates its scores", self.interval)
 
     @property
     def importance(self) -> Tensor:

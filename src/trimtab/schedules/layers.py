@@ -111,11 +111,11 @@ class LayerSampling(Schedule):
         """After the first step, see that the optimizer passed by what rests.
 
         Raises:
-            RuntimeError: it did not.
+            Unsupported: it did not.
         """
         super().step_end()
         if self._before is not None and not all(torch.equal(p, before) for p, before in self._before):
-            raise RuntimeError(
+            raise Unsupported(
                 f"{type(self.run.optimizer).__name__} moved parameters that have no gradient; {type(self).__name__} needs an "
                 "optimizer that passes them by, as torch's do"
             )

@@ -34,6 +34,7 @@ from trimtab.schedules.units import KINDS, find_units
 __all__ = ["LightPEFT"]
 
 Key = tuple[str, str, str]  # name of the adapter, path, slot
+_WHY = "; is the learning rate above zero in its first half? If it rises from zero, give a longer estimate"
 
 
 @schedule(paper="arXiv:2406.03792", tests=({"estimate": 2, "heads": 0, "channels": 0.5, "modules": 0.5},))
@@ -98,12 +99,22 @@ class LightPEFT(Schedule):
         Raises:
             Unsupported: units or adapters that cannot be cut, all reasons together; or DDP.
             RuntimeError: it is driven by hand.
-            ValueError: the estimation leaves no step of the run, or more would go than there is.
+            ValueError: the estimation leaves no step of the run or ends before anything has moved, or more would go than there is.
         """
         super().start(model, steps=steps)
-        self.until = self.estimate if isinstance(self.estimate, int) else max(2, round(self.estimate * steps))
+        least = self.services.idle_steps + 2  # something must have moved before the last step that is looked at
+        self.until = self.estimate if isinstance(self.estimate, int) else max(least, round(self.estimate * steps))
+        if self.until < least:
+            rising = ", the first of which has a learning rate of zero" * bool(self.services.idle_steps)
+            raise ValueError(
+                f"an estimation of {self.until} steps{rising} would measure adapters that have not moved yet: estimate must be at "
+                f"least {least} here"
+            )
         if steps is not None and self.until >= steps:
-            raise ValueError(f"the estimation takes {self.until} of {steps} steps: none is left for training what it leaves")
+            raise ValueError(
+                f"the estimation takes {self.until} of {steps} steps: none is left for training what it leaves; LightPEFT needs a "
+                f"run of at least {self.until + 1} steps, or a lower estimate (at least {least})"
+            )
         if self.services.ddp:
             raise Unsupported(
                 "LightPEFT changes shapes, which DDP's buckets do not follow: run it in one process, and distribute the cut model"
@@ -221,7 +232,9 @@ class LightPEFT(Schedule):
         for u in stage.units:
             mask = stage.masks[u.reader].detach()
             if u.reader not in stage.reached or bool((mask == 1).all()):
-                raise RuntimeError(f"no importance recorded: the factors of the {u.kind} that {u.reader} reads have not moved")
+                raise Unsupported(
+                    f"no importance recorded: the factors of the {u.kind} that {u.reader} reads have not moved{_WHY}"
+                )
             if u.kind == "heads":
                 index[u.reader] = keep_best(mask, self._gone("heads", u.count))
             else:
@@ -238,7 +251,9 @@ class LightPEFT(Schedule):
         if self.amounts["modules"]:
             means, found = stage.ratios.means(), stage.ratios.adapters
             if not bool((means > 0).any()):
-                raise RuntimeError("no importance recorded: no adapted module changed anything in the estimation's second half")
+                raise Unsupported(
+                    f"no importance recorded: no adapted module changed anything in the estimation's second half{_WHY}"
+                )
             stays = set(keep_best(means, self._gone("modules", len(found))).tolist())
             lost = [a for i, a in enumerate(found) if i not in stays]
         ranks: dict[Key, Tensor] = {}
@@ -246,7 +261,9 @@ class LightPEFT(Schedule):
             scored = [(a, s) for a, s in zip(stage.scores.adapters, stage.scores.means(), strict=True) if a not in lost]
             flat = torch.cat([s for _, s in scored])
             if not bool((flat > 0).any()):
-                raise RuntimeError("no importance recorded: all scores of ranks are 0 after the second half of the estimation")
+                raise Unsupported(
+                    f"no importance recorded: all scores of ranks are 0 after the second half of the estimation{_WHY}"
+                )
             stays_flat = torch.zeros(len(flat), dtype=torch.bool)
             stays_flat[keep_best(flat, self._gone("ranks", len(flat)))] = True
             for (a, _), mine in zip(scored, stays_flat.split([len(s) for _, s in scored]), strict=True):

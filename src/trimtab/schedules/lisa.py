@@ -44,6 +44,8 @@ class LISA(LayerSampling):
         """Find the layers; see ``LayerSampling``."""
         super().start(model, steps=steps)
         self.learning = count_of("sampled", self.sampled, len(self.layers))
+        if self.learning < len(self.layers):
+            self.tell_if_never("draws other layers", self.every)
 
     def step_begin(self) -> None:
         """Draw where it is due; a resumed run goes on with the layers that it had."""

@@ -100,6 +100,7 @@ class ReLoRA(Schedule):
             if is_quantised(stored) or len(users[id(stored)]) > 1:
                 what = "quantised" if is_quantised(stored) else "tied to another layer's"
                 raise Unsupported(f"ReLoRA writes into the base while it runs, and the weight of {place.site.name} is {what}")
+        self.tell_if_never("restarts", self.every)
         self.history: list[dict[str, Pair]] = []
         self.originals: dict[str, Tensor] = {}
         self.rng = self.services.generator(self)

@@ -80,13 +80,15 @@ class Run(Services):
         probes: the loss on sample batches; None if none were given.
         loss: of the present step, where the loop tells it (``s.step(loss=...)``); a detached scalar.
         step_number: optimizer steps done, skipped ones included.
+        idle_steps: the first steps, whose learning rate is known to be zero.
     """
 
     def __init__(
         self, model: nn.Module, schedules: Sequence[Schedule], *, steps: int | None = None, probes: Probes | None = None,
-        scaler: Any = None, seed: int = 0,
+        scaler: Any = None, seed: int = 0, idle_steps: int = 0,
     ):  # fmt: skip
         check_owners(schedules)
+        self.idle_steps = idle_steps
         self.model, self.root = model, unwrap(model)
         self.schedules, self.steps, self.probes, self.scaler, self.seed = tuple(schedules), steps, probes, scaler, seed
         self.optimizer: Optimizer | None = None

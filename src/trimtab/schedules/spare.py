@@ -137,11 +137,12 @@ class ModuleRatios:
     @torch.no_grad()
     def see(self, here: Host, x: Tensor, y: Tensor) -> None:
         """One call of a module with input ``x`` and output ``y``, for the adapters on its matrix."""
-        if not (here.whole or here.parts):
+        acts = here.acts
+        if not acts.on_matrix:
             return
-        op: Operation = here.whole[0].site if here.whole else whole_site(here.parts[0][0])
-        op = self._chain(here.whole, op, x, None if here.parts or here.outputs else y)
-        for chain in here.parts:
+        op: Operation = acts.whole[0].site if acts.whole else whole_site(acts.parts[0][0])
+        op = self._chain(acts.whole, op, x, None if acts.parts or acts.outputs else y)
+        for chain in acts.parts:
             self._chain(chain, PartOperation(chain[0].site, op, x, op(x)), x, None)
 
     def _chain(self, chain: Sequence[Adapter], op: Operation, x: Tensor, y: Tensor | None) -> Operation:

@@ -269,12 +269,12 @@ def _read(source: Any, names: list[str]) -> dict[str, Tensor]:
     if isinstance(source, Mapping):
         found = {name: source[name] for name in names if name in source}
     else:
-        from safetensors import safe_open
+        from trimtab.compat.safetensors_file import read_header, read_tensor
 
         path, found = Path(source), {}
-        for file in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
-            with safe_open(file, "pt") as stream:
-                found |= {name: stream.get_tensor(name) for name in names if name in stream.keys()}
+        for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+            header = read_header(file)
+            found |= {name: read_tensor(header, name) for name in names if name in header.entries}
     missing = [name for name in names if name not in found]
     if missing:
         known = list(source) if isinstance(source, Mapping) else []

@@ -29,13 +29,13 @@ from trimtab.training.config import TrainConfig
 from trimtab.training.data import Row
 from trimtab.training.errors import ConfigError, DataError
 from trimtab.training.files import json_lines, write_text
+from trimtab.training.folder import PREDICTIONS
 from trimtab.training.metrics import Metric
-from trimtab.training.models import checkpoint_activations, load_decoder
+from trimtab.training.models import check_positions, checkpoint_activations, load_decoder
 from trimtab.training.overlap import overlaps
 
 __all__ = ["EvaluationConfig", "InstructionConfig", "InstructionTuning"]
 
-PREDICTIONS = "predictions"
 
 
 class EvaluationConfig(BaseModel):
@@ -115,6 +115,9 @@ class InstructionTuning(Task):
         for split in ("train", "validation"):
             bundle.splits[split], lost = _encode(config, bundle, getattr(rows, split))
             cut += lost
+        longest = max(len(each["input_ids"]) for split in ("train", "validation") for each in bundle.splits[split])
+        check_positions(bundle.model, longest, "data.max_length")
+        _check_room(config, bundle, rows.tests)
         if config.packing:
             packing.check_apart(bundle.model, bundle.splits["train"], bundle.collate)
             bundle.splits["train"] = packing.pack(bundle.splits["train"], config.pack_length or config.data.max_length)
@@ -142,6 +145,7 @@ class InstructionTuning(Task):
         if not bundle.tests and not bundle.splits:
             raise DataError("the data of this run has no test set; give a file, or name test sets under data.test")
         _check_tests(config, bundle.tests)
+        _check_room(config, bundle, bundle.tests)
         bundle.seen = _seen(config, rows.train + rows.validation, bundle.tests)
         return bundle
 
@@ -246,6 +250,18 @@ def _check_tests(config: InstructionConfig, tests: dict[str, list[Row]]) -> None
             raise ConfigError(f"evaluation.mode options chooses among labels, and {name} is read as a {reader.kind}; use generate")
         for row in rows[: config.evaluation.limit]:
             reader.answer(row.values[config.data.answer], row.where)
+
+
+def _check_room(config: InstructionConfig, bundle: InstructionBundle, tests: dict[str, list[Row]]) -> None:
+    """The model must be able to write an answer behind the longest question, before anything is trained."""
+    for name, rows in tests.items():
+        if config.evaluation.mode == "options":
+            continue
+        new_tokens = config.evaluation.new_tokens or _reader(config, name).new_tokens
+        shown = rows[: config.evaluation.limit]
+        longest = max(len(encoding.encode_prompt(row, config.template, bundle.tokenizer)) for row in shown)
+        setting = f"evaluation.new_tokens, or shorten the questions of {name}"
+        check_positions(bundle.model, longest + new_tokens, setting, new_tokens=new_tokens)
 
 
 def _seen(config: InstructionConfig, train: list[Row], tests: dict[str, list[Row]]) -> dict[str, list[bool]]:

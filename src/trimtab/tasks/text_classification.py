@@ -11,16 +11,18 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trimtab.compat.head_file import is_headed, read_head
+from trimtab.core.errors import CheckpointMismatch
 from trimtab.tasks import Bundle, Task, task
 from trimtab.training.config import TrainConfig
 from trimtab.training.data import Row, load_rows, load_splits
-from trimtab.training.errors import DataError
+from trimtab.training.errors import DataError, RunError
 from trimtab.training.labels import check_known, label_names, label_of
 from trimtab.training.metrics import Metric, classification
-from trimtab.training.models import load_pretrained
+from trimtab.training.models import check_positions, load_pretrained
 from trimtab.training.strict import check_characters
 
-__all__ = ["PooledClassifier", "TextClassification", "TextClassificationConfig"]
+__all__ = ["PooledClassifier", "TextClassification", "TextClassificationConfig", "merged_labels", "merged_model"]
 
 
 class TextClassificationConfig(TrainConfig):
@@ -60,6 +62,41 @@ class PooledClassifier(nn.Module):
         nn.init.normal_(self.classifier.weight, std=0.02)
         nn.init.zeros_(self.classifier.bias)
 
+    @classmethod
+    def from_merged(cls, folder: str | Path, *, pooling: str | None = None) -> PooledClassifier:
+        """The classifier that ``tt.merge_checkpoint`` wrote to ``folder``, in evaluation mode; ``config.id2label`` has its labels.
+
+        Args:
+            pooling: only for a folder that does not say it.
+
+        Raises:
+            CheckpointMismatch: the folder holds no such classifier, is damaged, or says another pooling or none.
+        """
+        from transformers import AutoModel
+
+        entry, tensors = read_head(Path(folder))
+        said = entry.get("pooling") or pooling
+        whole = sorted(tensors) == ["classifier.bias", "classifier.weight"] and entry.get("class") == cls.__name__
+        if not whole or said not in ("mean", "cls") or (pooling or said) != said:
+            raise CheckpointMismatch(
+                f"{folder} holds the head of a {entry.get('class')} ({', '.join(sorted(tensors))}) with pooling "
+                f"{entry.get('pooling')!r}, not that of a {cls.__name__} with pooling {pooling or 'mean or cls'}; where it says "
+                "none, say pooling=..."
+            )
+        encoder = load_pretrained(AutoModel.from_pretrained, str(folder))
+        encoder.pooler = None
+        labels = entry.get("labels") or [f"LABEL_{i}" for i in range(tensors["classifier.weight"].shape[0])]
+        encoder.config.id2label = dict(enumerate(labels))
+        encoder.config.label2id = {label: i for i, label in enumerate(labels)}
+        model = cls(encoder, len(labels), pooling=said, dropout=0.0)
+        model.load_state_dict(tensors, strict=False)
+        return model.eval()
+
+    @property
+    def saved_notes(self) -> dict[str, Any]:
+        """What an adapter of this model remembers of it."""
+        return {"pooling": self.pooling}
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor) -> dict[str, Tensor]:
         """Token ids and mask, both ``(n, tokens)``, to ``{"logits": (n, classes)}``."""
         encoder = getattr(self, self.prefix)
@@ -94,7 +131,12 @@ class TextClassification(Task):
         return _bundle(config, {"labels": labels}, splits)
 
     def restore(self, config: TextClassificationConfig, info: dict[str, Any], inputs: str | list[Any]) -> Bundle:
-        """``inputs``: a split's name, a data file with labels, or a list of texts or (text, text) pairs; see ``Task.restore``."""
+        """``inputs``: a split's name, a data file with labels, or a list of texts or (text, text) pairs; see ``Task.restore``.
+
+        ``info`` has ``merged`` where the model is one that a run was merged into: it then has its head and its labels itself.
+        """
+        if info.get("merged"):
+            info = {"merged": True, "labels": merged_labels(config.model, info.get("labels"))}
         if not isinstance(inputs, str):
             return _bundle(config, info, {"predict": _raw_rows(config, inputs)})
         if Path(inputs).suffix:
@@ -157,8 +199,14 @@ def _bundle(config: TextClassificationConfig, info: dict[str, Any], splits: dict
     tokenizer = load_pretrained(AutoTokenizer.from_pretrained, config.model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # decoders pad with their end token; the mask hides it
-    model = _model(config, info["labels"], tokenizer)
+    if info.get("merged"):
+        model = merged_model(config.model, config.pooling)
+        longest = min(config.data.max_length, getattr(model.config, "max_position_embeddings", config.data.max_length))
+        config = config.model_copy(update={"data": config.data.model_copy(update={"max_length": longest})})
+    else:
+        model = _model(config, info["labels"], tokenizer)
     encoded = {split: _encode(tokenizer, rows, config, info["labels"]) for split, rows in splits.items()}
+    check_positions(model, max(len(each["input_ids"]) for rows in encoded.values() for each in rows), "data.max_length")
 
     def loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         logits = outputs["logits"].float()  # (n, classes)
@@ -182,15 +230,58 @@ def _model(config: TextClassificationConfig, labels: list[str], tokenizer: Any) 
 
     torch.manual_seed(config.seed)  # the head's start
     dropout = {} if config.dropout is None else _dropouts(config)
+    names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     if config.pooling == "own":
-        names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
         model = load_pretrained(AutoModelForSequenceClassification.from_pretrained, config.model, **names, **dropout)
         model.config.pad_token_id = tokenizer.pad_token_id  # decoders read the last token that is no padding
         return model
-    encoder = load_pretrained(AutoModel.from_pretrained, config.model, **dropout)
+    encoder = load_pretrained(AutoModel.from_pretrained, config.model, **names, **dropout)
     if getattr(encoder, "pooler", None) is not None:
         encoder.pooler = None  # it would be computed and thrown away, and an adapter on it would get no gradient
     return PooledClassifier(encoder, len(labels), pooling=config.pooling, dropout=config.head_dropout)
+
+
+def merged_labels(folder: str, expected: list[str] | None = None) -> list[str]:
+    """Names of the classes of a merged classifier, in the order of its head.
+
+    Args:
+        expected: those of the run that it came from, in any order.
+
+    Raises:
+        RunError: the folder does not name its classes, or names others.
+    """
+    from transformers import AutoConfig
+
+    if is_headed(Path(folder)):
+        names = read_head(Path(folder))[0].get("labels")
+    else:
+        stored = load_pretrained(AutoConfig.from_pretrained, folder).id2label
+        names = [stored[i] for i in range(len(stored))]
+        names = None if names == [f"LABEL_{i}" for i in range(len(names))] else names
+    if names is None and expected is None:
+        raise RunError(f"{folder} does not name its classes; give the run that it was merged from (--like RUN)")
+    if names is not None and expected is not None and sorted(names) != sorted(expected):
+        raise RunError(f"{folder} has the classes {sorted(names)}, and the run {sorted(expected)}: it was not merged from that run")
+    return list(names or expected)
+
+
+def merged_model(folder: str, pooling: str) -> nn.Module:
+    """A classifier that a run was merged into, with its head.
+
+    Raises:
+        RunError: the folder holds no trained head, or that of another kind of classifier than the run's.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    if is_headed(Path(folder)):
+        return PooledClassifier.from_merged(folder, pooling=None if pooling == "own" else pooling)
+    if pooling != "own":
+        raise RunError(f"{folder} holds no head that reads the {pooling} of the tokens, as the run's does; merge the run again")
+    load = AutoModelForSequenceClassification.from_pretrained
+    model, found = load_pretrained(load, folder, output_loading_info=True)
+    if found["missing_keys"]:
+        raise RunError(f"{folder} is no merged classifier: it has no values for {', '.join(sorted(found['missing_keys'])[:3])}")
+    return model
 
 
 def _dropouts(config: TextClassificationConfig) -> dict[str, float]:

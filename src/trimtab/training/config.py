@@ -150,6 +150,8 @@ class TrainConfig(_Frozen):
                 values["data"] = {"source": values["data"]}
             if isinstance(values.get("method"), str):
                 values["method"] = {"name": values["method"]}
+            if isinstance(values.get("layers"), int) and not isinstance(values["layers"], bool):
+                values["layers"] = [values["layers"]]
             if isinstance(values.get("schedules"), list):
                 values["schedules"] = [{"name": each} if isinstance(each, str) else each for each in values["schedules"]]
         return values
@@ -287,8 +289,10 @@ def _sentence(cls: type[BaseModel], problem: Mapping[str, Any]) -> str:
         return f"there is no key {key!r}{nearest(place[-1], getattr(section, 'model_fields', ()))}"
     if problem["type"] == "missing":
         return f"the key {key!r} is missing"
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{key or 'the configuration'}: {message[0].lower()}{message[1:]}; found {problem['input']!r}"
+    message, subject = problem["msg"].removeprefix("Value error, "), key or "the configuration"
+    if problem["type"] == "value_error":  # a sentence of ours, which says what was found where that helps
+        return f"{subject}: {message}" + ("" if "found" in message else f"; found {problem['input']!r}")
+    return f"{subject}: {message[0].lower()}{message[1:]}; found {problem['input']!r}"
 
 
 def to_yaml(config: BaseModel) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
+from trimtab.training.files import new_file
 from trimtab.training.metrics import Metric
 
 __all__ = ["as_table", "curve_of", "record_of", "write_png"]
@@ -91,6 +92,5 @@ def write_png(curve: Sequence[dict[str, float]], metric: str, path: Path) -> Non
         labels += right.get_legend_handles_labels()[1]
     if handles:
         left.legend(handles, labels, loc="center right")
-    stage = path.with_name(f".{path.name}.part")
-    figure.savefig(stage, format="png", dpi=120)
-    stage.replace(path)
+    with new_file(path) as stage:
+        figure.savefig(stage, format="png", dpi=120)

@@ -19,8 +19,10 @@ from trimtab.schedules.restoration import load
 from trimtab.tasks import Bundle
 from trimtab.training.config import TrainConfig, load_config, to_yaml
 from trimtab.training.errors import RunError
+from trimtab.training.folder import ADAPTER, CONFIG, INFO
 from trimtab.training.metrics import IGNORED
-from trimtab.training.run import ADAPTER, CONFIG, INFO
+
+LONGEST = 512  # tokens a row is cut to where no run says it; fewer where the model reads fewer
 
 __all__ = ["Evaluation", "evaluate", "forward_all", "metrics_of"]
 
@@ -45,27 +47,37 @@ class Evaluation:
 
 
 def evaluate(
-    run: str | Path, *, on: str = "test", inputs: Sequence[Any] | None = None, console: Console | None = None
+    run: str | Path,
+    *,
+    on: str = "test",
+    inputs: Sequence[Any] | None = None,
+    like: str | Path | None = None,
+    console: Console | None = None,
 ) -> Evaluation:
-    """Load a run's adapter onto its base and evaluate it, or predict.
+    """Load a run's adapter onto its base, or a model that a run was merged into, and evaluate it, or predict.
 
     Args:
-        run: the run's folder, or the configuration file whose ``output`` it is.
+        run: the run's folder, or the configuration file whose ``output`` it is; or the folder of a merged model.
         on: a split of the run's data, or a file (.jsonl, .json, .csv, .parquet) with the same columns.
         inputs: raw inputs without labels, for text tasks texts; they are predicted instead.
+        like: for a merged model, the run that it came from, whose data and settings are taken; None: a classifier whose labels
+            stand in its folder, and the columns ``text`` and ``label`` of a file.
         console: where the configuration and the metrics are printed; None prints nothing.
 
     Raises:
-        RunError: there is no finished run. DataError: no such split, or rows that cannot be used.
-        CheckpointMismatch: the adapter is damaged, or the base is another one.
+        RunError: there is no finished run, or a merged model that does not say what is needed. DataError: no such split, or rows
+            that cannot be used. CheckpointMismatch: the adapter is damaged, or the base is another one.
     """
-    folder, config = _open(Path(run))
+    merged = (Path(run) / "config.json").is_file() and not (Path(run) / CONFIG).is_file()
+    if like is not None and not merged:
+        raise RunError(f"{run} is no merged model, and a run knows its own data: leave like={str(like)!r} out")
+    folder, config, info = _merged(Path(run), like, on, inputs) if merged else _open(Path(run))
     console = console or Console(quiet=True)
     console.print(to_yaml(config), markup=False, highlight=False)
     task = tasks.get(config.task)
-    info = json.loads((folder / INFO).read_text("utf-8"))
     bundle = task.restore(config, info, on if inputs is None else list(inputs))
-    load(bundle.model, folder / ADAPTER, name=config.adapter, originals="drop")
+    if not merged:
+        load(bundle.model, folder / ADAPTER, name=config.adapter, originals="drop")
     metrics, predictions = task.evaluate(config, bundle, console=console)
     if metrics:
         console.print(f"{folder} on {on}: " + ", ".join(f"{key} {value:.4f}" for key, value in metrics.items()))
@@ -86,14 +98,31 @@ class _Prediction:
     label_ids: np.ndarray
 
 
-def _open(path: Path) -> tuple[Path, TrainConfig]:
-    """The run's folder and configuration, from either."""
+def _open(path: Path) -> tuple[Path, TrainConfig, dict[str, Any]]:
+    """The run's folder, its configuration, and what its task noted; from the folder or the configuration."""
     folder = Path(load_config(path).output) if path.is_file() else path
     for name in (CONFIG, INFO, ADAPTER):
         if not (folder / name).exists():
             why = "it was interrupted; train again to resume it" if (folder / CONFIG).exists() else "train it first"
             raise RunError(f"{folder} holds no finished run: there is no {name} in it ({why})")
-    return folder, load_config(folder / CONFIG)
+    return folder, load_config(folder / CONFIG), json.loads((folder / INFO).read_text("utf-8"))
+
+
+def _merged(
+    folder: Path, like: str | Path | None, on: str, inputs: Sequence[Any] | None
+) -> tuple[Path, TrainConfig, dict[str, Any]]:
+    """As ``_open``, for a merged model: by the run that it came from, or by what stands in its folder."""
+    if like is not None:
+        _, config, info = _open(Path(like))
+        return folder, config.model_copy(update={"model": str(folder)}), {**info, "merged": True}
+    if inputs is None and not Path(on).is_file():
+        raise RunError(
+            f"the merged model {folder} has no data of its own, and {on!r} is no file: name a file, or the run that it came from "
+            "(--like RUN), whose splits are then known"
+        )
+    data = {"train": on, "max_length": LONGEST}
+    config = load_config({"task": "text-classification", "model": str(folder), "data": data, "output": str(folder)})
+    return folder, config, {"merged": True}
 
 
 def _stacked(rows: list[np.ndarray]) -> np.ndarray:

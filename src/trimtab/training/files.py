@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from trimtab.core.files import sync
+from trimtab.core.files import staged
 
 __all__ = ["append_lines", "cache_folder", "json_lines", "new_directory", "new_file", "write_text"]
 
@@ -26,13 +25,8 @@ def cache_folder() -> Path:
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """A file beside ``path`` to write; it becomes ``path`` when the block ends, and vanishes if it raises."""
-    stage = path.with_name(f".{path.name}.part")
-    try:
+    with staged(path, folder=False) as stage:
         yield stage
-        sync(stage)
-        os.replace(stage, path)
-    finally:
-        stage.unlink(missing_ok=True)
 
 
 def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -54,21 +48,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
+def new_directory(path: Path, *, stage: Path | None = None) -> Iterator[Path]:
     """A folder beside ``path`` to write into; it becomes ``path`` when the block ends, and vanishes if it raises.
 
-    A ``path`` that exists already is replaced.
+    A ``path`` that exists already is replaced, in one step.
+
+    Args:
+        stage: the name of that folder, where other processes must know it.
     """
-    stage = path.with_name(f".{path.name}.part")
-    shutil.rmtree(stage, ignore_errors=True)
-    stage.mkdir(parents=True)
-    try:
-        yield stage
-        for file in stage.rglob("*"):
-            if file.is_file():
-                sync(file)
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(stage, path)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
+    with staged(path, folder=True, stage=stage) as made:
+        yield made

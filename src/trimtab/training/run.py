@@ -13,16 +13,17 @@ The folder, all of it written atomically::
     curve.json, curve.png
     checkpoints/     while it runs; removed when it is complete
     steps/           with keep_adapters: the adapters of the newest checkpoints
+    .previous/       while it runs: the run that it overwrites
 """
 
 from __future__ import annotations
 
 import json
+import os
 import platform
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,18 +36,29 @@ from trimtab import tasks
 from trimtab.core import registry
 from trimtab.core.activation import parameters
 from trimtab.core.attach import attach
-from trimtab.core.errors import TrimtabError
 from trimtab.tasks import Bundle
 from trimtab.training import callbacks, curve, processes
 from trimtab.training.config import TrainConfig, load_config, to_yaml
-from trimtab.training.errors import ConfigError, RunError
+from trimtab.training.errors import ConfigError
 from trimtab.training.files import write_text
+from trimtab.training.folder import (
+    ADAPTER,
+    CHECKPOINTS,
+    CONFIG,
+    INFO,
+    RESULT,
+    check_folder,
+    claimed,
+    clear_up,
+    forget,
+    set_aside,
+    tidy,
+)
 from trimtab.training.metrics import Metric
 from trimtab.training.models import check_finite
 
 __all__ = ["RunResult", "attach_adapter", "train"]
 
-CONFIG, INFO, RESULT, ADAPTER, CHECKPOINTS = "config.yaml", "task.json", "result.json", "adapter", "checkpoints"
 GRADIENT_ROWS = 512  # training rows whose gradients start a method that asks for them (SPT's paper: 16 batches of 32)
 
 
@@ -112,8 +124,22 @@ def train(
     output = Path(resolved.output)
     task = tasks.get(resolved.task)
     metric = task.metric(resolved.metric)
-    _check_folder(output, resolved, overwrite=overwrite)
-    if (output / RESULT).is_file() and not overwrite:
+    _check_threads(resolved.threads)
+    check_folder(output, resolved, overwrite=overwrite)
+    with claimed(output) if processes.is_main() and not _is_complete(output, overwrite) else nullcontext():
+        return _train(resolved, metric, overwrite=overwrite, console=console)
+
+
+def _is_complete(output: Path, overwrite: bool) -> bool:
+    return (output / RESULT).is_file() and not overwrite
+
+
+def _train(resolved: TrainConfig, metric: Metric, *, overwrite: bool, console: Console) -> RunResult:
+    """Train in a folder that is this process's alone."""
+    output, task = Path(resolved.output), tasks.get(resolved.task)
+    if processes.is_main():
+        check_folder(output, resolved, overwrite=overwrite)  # again: another process may have been there a moment ago
+    if _is_complete(output, overwrite):
         console.print(f"the run in {output} is complete; overwrite it to train again")
         return _read_result(output)
     with _process_settings(resolved):
@@ -172,70 +198,64 @@ def _process_settings(config: TrainConfig) -> Iterator[None]:
         torch.use_deterministic_algorithms(deterministic)
 
 
-def _check_folder(output: Path, config: TrainConfig, *, overwrite: bool) -> None:
-    """Refuse a folder with another run, unless it is to be overwritten, and one with something that is no run."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    stored = output / CONFIG
-    if not stored.is_file():
-        raise RunError(f"the output {output} exists and holds no trimtab run; choose another output, or empty it")
-    if overwrite:
-        return
-    earlier = load_config(stored).model_dump()
-    ours = config.model_dump()
-    differing = [key for key in ours if key != "output" and ours[key] != earlier.get(key)]
-    if differing:
-        shown = ", ".join(f"{key} = {earlier.get(key)!r} there, {ours[key]!r} now" for key in differing)
-        raise RunError(
-            f"the output {output} holds a run with another configuration ({shown}); choose another output, or overwrite it"
+def _check_threads(threads: int | None) -> None:
+    """Refuse more threads than this machine could ever start: torch would end the process."""
+    most = max(64, 8 * (os.cpu_count() or 1))
+    if threads is not None and threads > most:
+        raise ConfigError(
+            f"threads = {threads} is more than this machine, with {os.cpu_count()} processors, can use; "
+            f"take at most {most}, or null for torch's own choice"
         )
 
 
 def _run(config: TrainConfig, bundle: Bundle, metric: Metric, total: int, *, overwrite: bool, console: Console) -> RunResult:
-    from trimtab.training.trainer import AdapterTrainer, arguments, last_checkpoint
+    from trimtab.training.arguments import arguments
+    from trimtab.training.trainer import AdapterTrainer, last_checkpoint
 
     output = Path(config.output)
     folder = output / CHECKPOINTS
     watchers = [callbacks.LogWithCheckpoint(), callbacks.ProgressBar(console, metric)]
     if config.patience is not None:
         watchers.append(callbacks.Patience(config.patience, metric))
-    args = arguments(config, folder, metric, rows=len(bundle.splits["train"]))
-    trainer = AdapterTrainer(config, bundle, args, callbacks=watchers)
+    try:
+        args = arguments(config, folder, metric, rows=len(bundle.splits["train"]))
+        trainer = AdapterTrainer(config, bundle, args, callbacks=watchers)
+        if overwrite or last_checkpoint(folder) is None:
+            trainer.start_schedules()  # a run that goes on starts them on what it reloads
+    except (Exception, KeyboardInterrupt):
+        tidy(output)  # transformers' Trainer has made its folder
+        raise
     # everything that can be checked has been; from here on the folder is this run's
-    if processes.is_main():
-        if overwrite and output.exists():
-            shutil.rmtree(output)
-        output.mkdir(parents=True, exist_ok=True)
-        write_text(output / INFO, json.dumps(bundle.info, indent=2, ensure_ascii=False) + "\n")
-        write_text(output / CONFIG, to_yaml(config))
-    processes.barrier()
-    resume = last_checkpoint(folder)
-    if resume:
-        console.print(f"resuming from {resume}")
-    started = time.perf_counter()
-    if not _complete(trainer, config, metric, resume):
-        try:
-            trainer.train(resume_from_checkpoint=resume)
-        except TrimtabError:
-            _forget(output)
-            raise
-        finally:
-            watchers[1].progress.stop()
-    seconds = time.perf_counter() - started
-    return _finish(config, bundle, metric, trainer, total=total, seconds=seconds, console=console)
+    if processes.is_main() and overwrite and output.exists():
+        set_aside(output)
+    with _leaving_no_half_run(output):
+        if processes.is_main():
+            output.mkdir(parents=True, exist_ok=True)
+            write_text(output / INFO, json.dumps(bundle.info, indent=2, ensure_ascii=False) + "\n")
+            write_text(output / CONFIG, to_yaml(config))
+        processes.barrier()
+        resume = last_checkpoint(folder)
+        if resume:
+            console.print(f"resuming from {resume}")
+        started = time.perf_counter()
+        if not _complete(trainer, config, metric, resume):
+            try:
+                trainer.train(resume_from_checkpoint=resume)
+            finally:
+                watchers[1].progress.stop()
+        seconds = time.perf_counter() - started
+        return _finish(config, bundle, metric, trainer, total=total, seconds=seconds, console=console)
 
 
-def _forget(output: Path) -> None:
-    """After an error: take away what the run wrote if it came to no checkpoint, so that nothing is left of it."""
-    from trimtab.training.trainer import last_checkpoint
-
-    if last_checkpoint(output / CHECKPOINTS) is not None or not processes.is_main():
-        return
-    shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
-    for name in (CONFIG, INFO):
-        (output / name).unlink()
-    if not any(output.iterdir()):
-        output.rmdir()
+@contextmanager
+def _leaving_no_half_run(output: Path) -> Iterator[None]:
+    """After any error, ours or not, nothing is left of a run that came to no checkpoint."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt):
+        if processes.is_main():
+            forget(output)
+        raise
 
 
 def _complete(trainer: Any, config: TrainConfig, metric: Metric, resume: str | None) -> bool:
@@ -255,7 +275,6 @@ def _finish(
     config: TrainConfig, bundle: Bundle, metric: Metric, trainer: Any, *, total: int, seconds: float, console: Console
 ) -> RunResult:
     from trimtab.core.checkpoint import save
-    from trimtab.training.files import new_directory
 
     output = Path(config.output)
     processes.barrier()  # the best adapter is written
@@ -265,8 +284,7 @@ def _finish(
     metrics = {split: _bare(trainer.evaluate(rows)) for split, rows in bundle.splits.items() if split != "train"}
     metrics |= tasks.get(config.task).finish(config, bundle, output, console=console)
     if processes.is_main():
-        with new_directory(output / ADAPTER) as stage:
-            save(bundle.model, stage, name=config.adapter)
+        save(bundle.model, output / ADAPTER, name=config.adapter)
     processes.barrier()
     best_step = trainer.state.best_global_step or trainer.state.global_step
     result = RunResult(
@@ -286,7 +304,7 @@ def _finish(
         write_text(output / "curve.json", json.dumps(entries, indent=1) + "\n")
         curve.write_png(entries, config.metric, output / "curve.png")
         write_text(output / RESULT, result.to_json())
-        shutil.rmtree(output / CHECKPOINTS)
+        clear_up(output)
     processes.barrier()
     console.print(curve.as_table(entries, metric))
     console.print(f"best at step {best_step}; " + "; ".join(f"{split}: {_shown(values)}" for split, values in metrics.items()))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from trimtab import tasks
 from trimtab.training.config import TrainConfig, load_config
 from trimtab.training.errors import RunError
-from trimtab.training.run import CONFIG, INFO
+from trimtab.training.folder import CONFIG, INFO
 from trimtab.training.sampler import EpochSampler
 
 __all__ = ["scorer", "training_losses"]

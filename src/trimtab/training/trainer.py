@@ -19,12 +19,13 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, sort_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from trimtab import tasks
 from trimtab.core.activation import named_parameters
 from trimtab.core.attach import detach
 from trimtab.core.checkpoint import save
+from trimtab.core.errors import TrimtabError
 from trimtab.schedules.restoration import load
 from trimtab.schedules.run import Run
 from trimtab.tasks import Bundle
@@ -33,77 +34,14 @@ from trimtab.training.backward_step import BackwardOptimizer
 from trimtab.training.config import TrainConfig
 from trimtab.training.errors import ConfigError, RunError
 from trimtab.training.files import new_directory, write_text
+from trimtab.training.folder import ADAPTER, STEPS
 from trimtab.training.metrics import IGNORED, Metric
 from trimtab.training.sampler import EpochSampler
 from trimtab.training.schedules import Moments, load_state, probes, save_state
 
-__all__ = ["AdapterTrainer", "arguments", "kept_steps", "last_checkpoint"]
+__all__ = ["AdapterTrainer", "kept_steps", "last_checkpoint"]
 
-ADAPTER = "adapter"
-STEPS, RECORD = "steps", "record.json"  # adapters kept after the run, and what was measured when each was saved
-SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
-
-
-def arguments(config: TrainConfig, folder: Path, metric: Metric, *, rows: int) -> TrainingArguments:
-    """transformers' arguments for ``config``; checkpoints go to ``folder``.
-
-    Evaluations and checkpoints are counted in steps even when they fall on ends of epochs: transformers' own
-    once-an-epoch strategy would skip the evaluation when a run resumes exactly there.
-
-    Raises:
-        ConfigError: the precision needs hardware that is not there.
-    """
-    if config.precision == "fp16" and not torch.accelerator.is_available():
-        raise ConfigError("precision fp16 needs an accelerator, and this machine has none; use bf16 or fp32")
-    an_epoch = -(-rows // (config.batch_size * config.accumulation))
-    total = config.max_steps or max(1, round(an_epoch * config.epochs))
-    batch_size, accumulation = _share(config)
-    return TrainingArguments(
-        output_dir=str(folder),
-        max_steps=total,
-        per_device_train_batch_size=batch_size,
-        per_device_eval_batch_size=config.eval_batch_size,
-        gradient_accumulation_steps=accumulation,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=SCHEDULES[config.schedule],
-        warmup_steps=round(config.warmup * total),
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        bf16=config.precision == "bf16",
-        fp16=config.precision == "fp16",
-        eval_strategy="steps",
-        eval_steps=min(config.eval_every or an_epoch, total),
-        save_strategy="steps",
-        save_steps=min(config.save_every or an_epoch, total),
-        save_total_limit=None,  # rotated below, after the new one is whole
-        logging_steps=max(1, min(50, total // 10)),
-        logging_nan_inf_filter=False,
-        metric_for_best_model=metric.name,
-        greater_is_better=metric.better == "higher",
-        label_names=["labels"],
-        remove_unused_columns=False,
-        include_num_input_tokens_seen="no",
-        disable_tqdm=True,
-        report_to="none",
-        seed=config.seed,
-        full_determinism=config.deterministic,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        ddp_find_unused_parameters=any("trainability" in each.owns for each in config.schedule_objects()),
-        use_cpu=not torch.accelerator.is_available(),
-    )
-
-
-def _share(config: TrainConfig) -> tuple[int, int]:
-    """Rows a forward pass and passes a step of one process, so that a step has the same rows whatever the number of processes."""
-    count = processes.world()
-    if config.accumulation % count == 0:
-        return config.batch_size, config.accumulation // count
-    if config.batch_size % count == 0:
-        return config.batch_size // count, config.accumulation
-    raise ConfigError(
-        f"{count} processes cannot share the rows of a step evenly: neither batch_size = {config.batch_size} nor accumulation = "
-        f"{config.accumulation} is a multiple of {count}; change one of them, or the number of processes"
-    )
+RECORD = "record.json"  # what was measured when an adapter that is kept after the run was saved
 
 
 def _without_labels(example: dict[str, Any]) -> dict[str, Any]:
@@ -117,10 +55,15 @@ def last_checkpoint(folder: Path) -> str | None:
     return get_last_checkpoint(str(folder)) if folder.is_dir() else None
 
 
+def _numbered(folder: Path, prefix: str) -> dict[int, Path]:
+    """Optimizer step -> folder, for the folders ``<prefix>-<step>`` in ``folder``; others are not ours."""
+    found = {path: path.name.removeprefix(f"{prefix}-") for path in folder.glob(f"{prefix}-*")} if folder.is_dir() else {}
+    return {int(step): path for path, step in found.items() if step.isdecimal()}
+
+
 def kept_steps(folder: Path) -> dict[int, Path]:
     """Optimizer step -> folder, for the adapters that ``keep_adapters`` left in ``folder``."""
-    found = {path: path.name.removeprefix("step-") for path in folder.glob("step-*")} if folder.is_dir() else {}
-    return {int(step): path for path, step in found.items() if step.isdigit()}
+    return _numbered(folder, "step")
 
 
 class AdapterTrainer(Trainer):
@@ -129,7 +72,7 @@ class AdapterTrainer(Trainer):
     Args:
         config: the run's configuration.
         bundle: from the task; the adapter is attached already.
-        args: from ``arguments``.
+        args: from ``trimtab.training.arguments``.
         callbacks: transformers callbacks besides this class's own.
 
     Raises:
@@ -157,14 +100,30 @@ class AdapterTrainer(Trainer):
         from transformers.trainer_callback import PrinterCallback
 
         self.remove_callback(PrinterCallback)
-        given = config.schedule_objects()
         self.schedule = Run(
-            self.model, given, steps=args.max_steps, probes=probes(bundle, args.device, config.seed), seed=config.seed
-        )
+            self.model, config.schedule_objects(), steps=args.max_steps, probes=probes(bundle, args.device, config.seed),
+            seed=config.seed, idle_steps=int(args.warmup_steps > 0),  # the rate rises from zero
+        )  # fmt: skip
+        self._started = False
         self._evaluated: list[tuple[float, int]] = []  # loss and number of labels of every batch of an evaluation
         self._resumed: dict[str, Any] | None = None
         self._losses: list[torch.Tensor] = []
         self.add_callback(Moments(self.schedule))
+
+    def start_schedules(self) -> None:
+        """Start the schedules of a new run, so that what they need of it is told before anything is written.
+
+        Raises:
+            ConfigError: what a schedule lacks.
+        """
+        try:
+            self.schedule.start(self._resumed)
+        except BaseException as error:
+            self.schedule.close()
+            if isinstance(error, ValueError | RuntimeError) and not isinstance(error, TrimtabError):
+                raise ConfigError(f"schedules: {error}") from error
+            raise
+        self._started = True
 
     # -- what learns, and in which order
 
@@ -174,7 +133,8 @@ class AdapterTrainer(Trainer):
         Parameters are ordered by name, so that a checkpoint's optimizer state fits a model built anew. The schedules start here.
         """
         if self.optimizer is None:
-            self.schedule.start(self._resumed)
+            if not self._started:
+                self.start_schedules()
             head = set() if self.bundle.head is None else {id(p) for p in self.bundle.head.parameters()}
             rates = {True: self.run.head_learning_rate or self.run.learning_rate, False: self.run.learning_rate}
             groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
@@ -315,12 +275,13 @@ class AdapterTrainer(Trainer):
                 inner.rmdir()
         if not self.args.should_save:
             return
-        for stale in sort_checkpoints(output_dir=str(folder))[: -self.run.keep_checkpoints]:
-            shutil.rmtree(stale)
+        checkpoints = _numbered(folder, PREFIX_CHECKPOINT_DIR)
+        for stale in sorted(checkpoints)[: -self.run.keep_checkpoints]:
+            shutil.rmtree(checkpoints[stale])
         if self.run.keep_adapters:
             self._keep(final / ADAPTER)
-        for best in folder.glob("best-*"):
-            if best.name != f"best-{self.state.best_global_step}":
+        for step, best in _numbered(folder, "best").items():
+            if step != self.state.best_global_step:
                 shutil.rmtree(best)
 
     def _keep(self, adapter: Path) -> None:

@@ -22,11 +22,14 @@ def command(
 ) -> None:
     """Test questions that are among the training rows: word for word, with other numbers, or in long pieces."""
     from trimtab.audit.contamination import contamination, contamination_of_run
+    from trimtab.core.folders import apart
     from trimtab.training.errors import ConfigError
     from trimtab.training.files import write_text
 
     if (run is None) == (not train or not test):
         raise ConfigError("give a run or a configuration, or else at least one --train and one --test file")
+    if out is not None:
+        apart(out, [run, *(train or []), *(test or [])])
     if run is not None:
         found = contamination_of_run(run, n=n, share=share)
     else:

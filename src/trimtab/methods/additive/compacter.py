@@ -37,8 +37,8 @@ class Compacter(MethodConfig):
     divide.
 
     Args:
-        reduction: d / m, how many times thinner the middle is; must divide the width. None: 32, or what is nearest to it and fits.
-        divisions: n, number of Kronecker terms; must divide d and m. None: 4, or what is nearest to it and divides the width.
+        reduction: d / m, how many times thinner the middle is; must divide the width. None: 32.
+        divisions: n, number of Kronecker terms; must divide d and m. None: 4. Where both are None, what is nearest and fits.
         rank: r of the factors beside the shared ones.
         act: activation in the middle: none, relu, gelu, gelu_tanh, silu or tanh.
         shared: whether all places of one attach share the A_i.
@@ -113,10 +113,11 @@ class CompacterAdapter(ActivationAdapter):
 
     @classmethod
     def fit(cls, config: Compacter, site: Site) -> Compacter:
-        d, given = site.out_features, config.reduction
-        fits = lambda k, n: d % k == 0 and (d // k) % n == 0  # noqa: E731
-        n = config.divisions or nearest_divisor(d, USUAL[1], where=lambda n: given is None or fits(given, n)) or USUAL[1]
-        return replace(config, divisions=n, reduction=given or nearest_divisor(d, USUAL[0], where=lambda k: fits(k, n)) or USUAL[0])
+        d = site.out_features
+        if config.reduction or config.divisions:
+            return replace(config, reduction=config.reduction or USUAL[0], divisions=config.divisions or USUAL[1])
+        n = nearest_divisor(d, USUAL[1])
+        return replace(config, divisions=n, reduction=nearest_divisor(d, USUAL[0], where=lambda k: (d // k) % n == 0))
 
     @classmethod
     def check(cls, config: Compacter, site: Site) -> None:

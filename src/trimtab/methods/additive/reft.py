@@ -14,7 +14,7 @@ states that are edited, and r numbers for each where ``16 r <= d``.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,8 @@ from torch import Generator, Tensor, nn
 from trimtab.core.contracts import ActivationAdapter, MethodConfig, Span
 from trimtab.core.errors import NoMatch, ShapeMismatch, TooSmall, Unsupported
 from trimtab.core.registry import method
-from trimtab.core.site import Site
+from trimtab.core.scope import Owner, entered, plan_for, within
+from trimtab.core.site import CHILD, Site
 from trimtab.kernels.bottleneck import Parts, bottleneck
 
 __all__ = ["ReFT", "ReFTAdapter", "spans"]
@@ -90,7 +91,6 @@ class ReFTAdapter(ActivationAdapter):
     def __init__(self, config: ReFT, site: Site, *, rng: Generator):
         super().__init__(config, site)
         k, r, d = 1 if config.tied else 2, config.rank, site.out_features
-        self.span: tuple[Tensor, Tensor, int] | None = None
         if site.is_meta:
             self.p, self.w, self.b = self.zeros(k, r, d), self.zeros(k, r, d), self.zeros(k, r)
             return
@@ -129,15 +129,24 @@ class ReFTAdapter(ActivationAdapter):
         p = self.config.dropout * self.training
         return bottleneck(h if y is None else y, None if y is None else h, factors, make=self.made, hidden_dropout=p)
 
+    @property
+    def owner(self) -> Owner:
+        """The model, as contexts know it."""
+        return self.site.module._modules[CHILD].owner
+
+    @property
+    def span(self) -> tuple[Tensor, Tensor, int] | None:
+        """What ``tt.spans`` says here: starts and stops of the rows' texts, and the largest stop."""
+        plan = plan_for(self.owner)
+        return None if plan is None else plan.spans
+
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        config = self.config
-        if config.everywhere:
+        if self.config.everywhere:
             return self.edit(y, 0)
-        if y.dim() < 2 or y.shape[-2] < (2 if self.span is None else self.span[2]):
+        span = self.span
+        if y.dim() < 2 or y.shape[-2] < (2 if span is None else span[2]):
             return y  # a step of generation: the prompt's states were edited when it was read
-        if self.span is None:
-            return self._at_ends(y)
-        return self._within(y)
+        return self._at_ends(y) if span is None else self._within(y, *span[:2])
 
     def _at_ends(self, y: Tensor) -> Tensor:
         """The first and last tokens edited, each half of them at most, as the authors count."""
@@ -152,13 +161,12 @@ class ReFTAdapter(ActivationAdapter):
                 y = y.scatter_add(-2, index[:, None].expand_as(h), self.edit(h, k, torch.zeros_like(h)))
         return y
 
-    def _within(self, y: Tensor) -> Tensor:
+    def _within(self, y: Tensor, start: Tensor, stop: Tensor) -> Tensor:
         """The same for every row's own span."""
         if torch._C._functorch.maybe_current_level() is not None:
             raise Unsupported(
                 "tt.routed and tt.spans do not go together: rows of a routed batch are run one by one; run one batch an adapter"
             )
-        start, stop, _ = self.span
         if y.shape[0] % start.shape[0]:
             raise ShapeMismatch(f"tt.spans was given {start.shape[0]} rows, but {self.site.name} got a batch of {y.shape[0]}")
         repeat = y.shape[0] // start.shape[0]  # beams
@@ -199,11 +207,7 @@ def spans(model: nn.Module, stop: Tensor, *, start: Tensor | None = None) -> Ite
     start = torch.zeros_like(stop) if start is None else start
     if stop.dim() != 1 or stop.shape != start.shape or bool((start >= stop).any()) or bool((start < 0).any()):
         raise ShapeMismatch(f"tt.spans takes two vectors of one length with 0 <= start < stop, found {start} and {stop}")
-    before = [adapter.span for adapter in found]
-    for adapter in found:
-        adapter.span = start, stop, int(stop.max())
-    try:
+    with ExitStack() as stack:
+        for owner in dict.fromkeys(adapter.owner for adapter in found):
+            stack.enter_context(entered(owner, within(owner, spans=(start, stop, int(stop.max())))))
         yield
-    finally:
-        for adapter, span in zip(found, before, strict=True):
-            adapter.span = span

@@ -47,7 +47,7 @@ class WaRA(MethodConfig):
         wavelet: name of the filters: haar, db2, db3, db4, sym4 or bior2.2 (biorthogonal).
         bands: ``"shared"``, one pair for both bands; ``"independent"``, a pair for each of the four blocks of bands.
         pad: treat an odd number of channels as one more, zero at the input and cut off at the output; False: refuse it. None:
-            where it is odd.
+            refuse it, unless nothing else is given either.
         dropout: probability of zeroing an entry of the update's input while training.
     """
 
@@ -99,7 +99,9 @@ class WaRAAdapter(Reparameterization):
 
     @classmethod
     def fit(cls, config: WaRA, site: Site) -> WaRA:
-        return config if config.pad is not None else replace(config, pad=any(size % 2 for size in site.shape[-2:]))
+        if config.pad is not None:
+            return config
+        return replace(config, pad=config == WaRA() and any(size % 2 for size in site.shape[-2:]))
 
     @classmethod
     def check(cls, config: WaRA, site: Site) -> None:
