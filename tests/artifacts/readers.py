@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -107,6 +108,16 @@ def own(folder: Path) -> Path:
 def packed(folder: Path) -> Path:
     tt.compress(own(folder), folder / "x.tern", density=0.5)
     return folder / "x.tern"
+
+
+def expanded(path: Path) -> dict[str, Tensor]:
+    """What a compressed adapter becomes without its base."""
+    from safetensors.torch import load_file
+
+    out = tt.expand(path, path.parent / "expanded", model=None)
+    found = load_file(next(out.glob("adapter-*.safetensors")))
+    shutil.rmtree(out)
+    return found
 
 
 def peft(folder: Path, *, pickled: bool = False) -> Path:
@@ -214,8 +225,9 @@ def read_sketch(path: Path) -> dict[str, Tensor]:
 
 
 READERS = {
-    "own": Reader(own, attached(model), sealed=True, reseal=False),
-    "packed": Reader(packed, attached(model), sealed=True, reseal=False),
+    "own": Reader(own, attached(model), sealed=True),
+    "packed": Reader(packed, attached(model), sealed=True),
+    "packed, expanded": Reader(packed, expanded, sealed=True),
     "peft": Reader(peft, attached(model)), "peft .bin": Reader(lambda f: peft(f, pickled=True), attached(model)),
     "kohya": Reader(kohya, attached(unet)), "kohya .pt": Reader(lambda f: kohya(f, suffix=".pt"), attached(unet)),
     "lycoris": Reader(lycoris, attached(unet)), "diffusers": Reader(diffusers, attached(unet)), "hub": Reader(hub, attached(bert)),

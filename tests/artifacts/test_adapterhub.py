@@ -20,7 +20,8 @@ def draw(*shape: int) -> Tensor:
 
 def update(model: nn.Module, path: str) -> Tensor:
     """``W' - W`` as a matrix (out, in) of the loaded adapter."""
-    W = model.get_submodule(path).weight.detach()
+    with tt.disabled(model):  # outside of it, the module's weight is the adapted one
+        W = model.get_submodule(path).weight.detach()
     return tt.effective_weight(model, path) - (W.t() if hasattr(model.get_submodule(path), "nf") else W)
 
 

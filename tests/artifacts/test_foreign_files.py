@@ -22,7 +22,8 @@ def draw(*shape: int) -> Tensor:
 
 def update(model: nn.Module, path: str, name: str | None = None) -> Tensor:
     """``W' - W`` as a matrix (out, in) of the loaded adapter."""
-    W = model.get_submodule(path).weight.detach()
+    with tt.disabled(model):  # outside of it, the module's weight is the adapted one
+        W = model.get_submodule(path).weight.detach()
     if hasattr(model.get_submodule(path), "nf"):
         W = W.t()
     return tt.effective_weight(model, path, name) - W.reshape(len(W), -1)

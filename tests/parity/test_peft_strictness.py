@@ -80,8 +80,7 @@ def test_another_base_is_refused(folder) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("bias", "all"), ("trainable_token_indices", [1, 2]), ("layer_replication", [[0, 1]]), ("use_qalora", True),
-        ("lora_bias", True), ("target_parameters", ["experts.gate_up_proj"]), ("alora_invocation_tokens", [3]),
+        ("layer_replication", [[0, 1]]), ("use_qalora", True), ("lora_bias", True), ("alora_invocation_tokens", [3]),
         ("arrow_config", {"top_k": 2}), ("a_field_of_the_future", 0.5),
     ],
 )  # fmt: skip

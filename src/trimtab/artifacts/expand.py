@@ -22,6 +22,7 @@ from trimtab.core import cut, fingerprint
 from trimtab.core.checkpoint import VERSION, read_saved, write_folder
 from trimtab.core.errors import CheckpointMismatch, ShapeMismatch, TrimtabError, Unsupported, raise_all
 from trimtab.core.folders import apart
+from trimtab.core.manifest import check_manifest
 from trimtab.core.reading import check_fields
 from trimtab.core.state import adapter_group, state_of, unwrap
 
@@ -82,7 +83,10 @@ def adapter_manifest(packed: Packed) -> dict[str, Any]:
         raise CheckpointMismatch(f"the header of {packed.path} is damaged: it lacks or garbles {', '.join(lacking) or 'sketch'}")
     base = unpack_base(stored.get("base"), f"the header of {packed.path}")
     tensors |= {key: tensors[source] for key, source in aliases.items()}
-    return {"format": "trimtab", "version": VERSION, **stored, "tensors": tensors, "base": base}
+    made = {"name": None, "places": None} | stored
+    made |= {"format": "trimtab", "version": VERSION, "tensors": tensors, "base": base}
+    check_manifest(made, f"the header of {packed.path}")
+    return made
 
 
 def _adapter_starts(packed: Packed, model: nn.Module | None, reference: Path | None) -> dict[str, Tensor]:

@@ -231,7 +231,10 @@ class Packed:
         odd = [row for row in self.header["tensors"] if not is_entry(row)]
         if odd:
             raise self._bad(HEAD.size, f"its header says of a tensor what none has: {repr(odd[0])[:200]}")
-        self.entries = [Entry(key, dtype, tuple(shape), *rest) for key, dtype, shape, *rest in self.header["tensors"]]
+        self.entries = [
+            Entry(key, dtype, tuple(shape), store, *rest[:1], *map(float, rest[1:2]), *rest[2:])
+            for key, dtype, shape, store, *rest in self.header["tensors"]
+        ]
         self.coding: str = self.header["coding"]
         self.kind: str = self.header["kind"]
         claimed = sum(entry.numel for entry in self.entries)

@@ -17,6 +17,7 @@ base in half precision passes.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,13 +29,14 @@ from trimtab.core import anatomy
 from trimtab.core.bank import build_adapter
 from trimtab.core.checkpoint import rebuild
 from trimtab.core.contracts import Adapter, Selection
-from trimtab.core.errors import CheckpointMismatch, Unsupported
+from trimtab.core.errors import CheckpointMismatch, TrimtabError, Unsupported
 from trimtab.core.registry import config_from_dict
 from trimtab.core.site import Cohort, Rows, Site
 from trimtab.core.state import shapes_by_place, unwrap
 
 __all__ = ["Starts", "compare_sketch", "find", "held", "shells", "sketch"]
 
+FREE, MOST = 1 << 22, 64  # numbers that a place may have without storing them, and how many times those that it stores
 PROJECTIONS = 8
 TOLERANCE = 0.01
 
@@ -116,12 +118,36 @@ def shells(manifest: Mapping[str, Any], model: nn.Module | None = None) -> list[
         twin = site.shapes_only()
         twin.stored = stored
         try:
-            adapter = build_adapter(config_from_dict(entry["method"]), twin, torch.Generator())
+            adapter = _built(config_from_dict(entry["method"]), twin, torch.Generator())
         except _NeedsBase:
             raise Unsupported(f"{entry['method']['name']} at {site.name} cannot be rebuilt without its base; pass model=") from None
         adapter.site = site
         built.append(adapter)
     return built
+
+
+def _built(config: Any, site: Site, rng: torch.Generator) -> Adapter:
+    """The adapter of one place.
+
+    Raises:
+        CheckpointMismatch: the manifest's shape and kind are none that the method can have.
+    """
+    try:
+        return build_adapter(config, site, rng)
+    except TrimtabError:
+        raise
+    except Exception as error:  # whatever a method runs into on a damaged manifest's sizes
+        what = f"{config} on a {site.kind} place of shape {list(site.shape)}"
+        raise CheckpointMismatch(f"{site.name} cannot be built as the manifest says, {what}: {error}") from error
+
+
+def _check_size(config: Any, site: Site, stored: int) -> None:
+    """Refuse sizes that have nothing to do with the tensors that are stored, before any memory is taken for them."""
+    twin = site.shapes_only()
+    twin.cohort = Cohort(list(site.cohort.sites))  # what its places share has no values either
+    wanted = sum(value.numel() for value in _built(config, twin, torch.Generator()).state_dict().values())
+    if wanted > FREE + MOST * stored:
+        raise CheckpointMismatch(f"{site.name} has {stored:,} numbers stored, and the manifest's {config} takes {wanted:,}")
 
 
 def held(adapter: Adapter) -> dict[str, str]:
@@ -224,7 +250,8 @@ def _build(entries: list[Mapping[str, Any]], sites: list[Site], tensors: Mapping
     untouched = rng.get_state()
     found = {}
     for site, config in zip(sites, configs, strict=True):
-        adapter = build_adapter(config, site, rng)
+        _check_size(config, site, sum(math.prod(tensors[key]["shape"]) for key in tensors if key.startswith(_prefix(site))))
+        adapter = _built(config, site, rng)
         for name, value in adapter.state_dict().items():
             key = _prefix(site) + name
             if key in tensors and list(value.shape) == tensors[key]["shape"]:
@@ -255,6 +282,8 @@ def compare_sketch(values: Iterable[Tensor], stored: list[float], source: str) -
     Raises:
         CheckpointMismatch: the starts built here are others.
     """
+    if len(stored) != PROJECTIONS + 1:
+        raise CheckpointMismatch(f"{source} is damaged: it holds {len(stored)} sums of the starts, not {PROJECTIONS + 1}")
     ours = sketch(values)
     size = max(abs(stored[-1]), 1e-30)
     off = max(abs(a - b) for a, b in zip(ours, stored, strict=True)) / size

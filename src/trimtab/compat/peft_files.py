@@ -22,15 +22,18 @@ from trimtab.core.reading import check_fields, check_pattern, listed, read_json
 
 __all__ = [
     "CONFIG",
+    "METADATA",
+    "NORMS",
     "NORM_COPY",
     "PREFIX",
+    "TENSORS",
     "factor_places",
     "others_config",
     "pattern_key",
     "read_config",
     "read_tensors",
     "report",
-    "saved_whole",
+    "saved_by",
     "targeted",
     "write_folder",
 ]
@@ -39,6 +42,8 @@ CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 PREFIX = "base_model.model."
+#: in the tensors' file, the sample of the base that trimtab took
+METADATA = "trimtab_base"
 #: the types of the fields that peft's configs share, or that decide a function; what they say is another question
 FIELDS = {
     **dict.fromkeys(("r", "decompose_factor", "n_frequency", "num_virtual_tokens", "oft_block_size", "boft_block_size"), int),
@@ -52,9 +57,12 @@ FIELDS = {
     **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), (list, str)),
     **dict.fromkeys(("modules_to_save", "feedforward_modules"), list),
     **dict.fromkeys(("bias", "task_type", "peft_type", "base_model_name_or_path", "revision"), str),
-    "layers_to_transform": (list, int), "init_lora_weights": (bool, str), "init_weights": (bool, str),
+    **dict.fromkeys(("target_parameters", "token_indices"), list),
+    "trainable_token_indices": (list, dict), "ensure_weight_tying": bool, "layers_to_transform": (list, int),
+    "init_lora_weights": (bool, str), "init_weights": (bool, str),
 }  # fmt: skip
-#: below a norm's path, the name of the copy that LN_TUNING trains
+#: the peft type of which only norms learn, and, below a norm's path, the name of the copy that it trains
+NORMS = "LN_TUNING"
 NORM_COPY = "ln_tuning_layers"
 
 
@@ -69,7 +77,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise CheckpointMismatch(f"{file} is not a peft config: it names no peft_type")
     check_fields(config, FIELDS, str(file))
-    for key, kind in (("rank_pattern", int), ("alpha_pattern", (int, float))):
+    for key, kind in (("rank_pattern", list if config["peft_type"] == "ADALORA" else int), ("alpha_pattern", (int, float))):
         table = config.get(key) or {}
         check_fields(table, dict.fromkeys(table, kind), f"{key} in {file}")
         for pattern in table:
@@ -82,6 +90,9 @@ def read_config(folder: Path) -> dict[str, Any]:
             raise CheckpointMismatch(f"{file} says {key}={names!r}, where names are needed")
         for pattern in names if isinstance(names, list) and key in ("modules_to_save", "layers_pattern") else ():
             check_pattern(pattern, str(file))
+    rows = config.get("trainable_token_indices")
+    if isinstance(rows, dict):
+        check_fields(rows, dict.fromkeys(rows, list), f"trainable_token_indices in {file}")
     return config
 
 
@@ -163,27 +174,33 @@ def factor_places(folder: Path, tensors: dict[str, Tensor]) -> list[dict[str, An
     return places
 
 
-def write_folder(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
+def write_folder(
+    folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], *, base: dict[str, Any] | None = None
+) -> Path:
     """Write both files so that no interruption mixes old and new ones, whoever reads them.
 
     For an equal config the tensors' file alone is replaced; otherwise a new folder takes the old one's place in one step. What
     else is in the folder stays there. Two writers come one after the other.
+
+    Args:
+        base: a sample of the base's weights, which goes into the metadata of the tensors' file.
 
     Raises:
         WriteError: a full disk, a read-only folder.
     """
     folder = folder.resolve()
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    more = {} if base is None else {METADATA: json.dumps(base, sort_keys=True)}
     tensors = {key: value.detach().to("cpu").contiguous().clone() for key, value in tensors.items()}
     with writing(folder), waiting(folder, "saves"):
         sweep(folder)
         sweep(folder / DRAFT)
         if (folder / CONFIG).is_file() and (folder / CONFIG).read_bytes() == text.encode() and (folder / TENSORS).is_file():
-            with tensors_in(folder, tensors) as draft:
+            with tensors_in(folder, tensors, **more) as draft:
                 os.replace(draft, folder / TENSORS)
             return folder
         with renewed(folder, (CONFIG, TENSORS, PICKLE)) as stage:
-            with tensors_in(stage, tensors) as draft:
+            with tensors_in(stage, tensors, **more) as draft:
                 os.replace(draft, stage / TENSORS)
             (stage / CONFIG).write_text(text, "utf-8")
     return folder
@@ -202,7 +219,7 @@ def _named(names: str | Collection[str] | None, path: str) -> bool:
 def targeted(config: dict[str, Any], path: str) -> bool:
     """Whether peft would put a layer at ``path``, whatever is there; many names are found fastest in a set."""
     names = config.get("target_modules")
-    if _named(config.get("exclude_modules"), path) or saved_whole(config, path) or not _named(names, path):
+    if _named(config.get("exclude_modules"), path) or saved_by(config, path) or not _named(names, path):
         return False
     layers = config.get("layers_to_transform")
     if isinstance(names, str) or path in names or layers is None or layers == []:
@@ -215,9 +232,11 @@ def targeted(config: dict[str, Any], path: str) -> bool:
     return match is not None and int(match["index"]) in ([layers] if isinstance(layers, int) else layers)
 
 
-def saved_whole(config: dict[str, Any], path: str) -> bool:
-    """Whether ``path`` is, or is below, one of the config's ``modules_to_save``."""
-    return any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in config.get("modules_to_save") or ())
+def saved_by(config: dict[str, Any], path: str) -> bool:
+    """Whether ``path`` is, or is below, a module that peft takes for one of ``modules_to_save``: by the end of its path."""
+    names = config.get("modules_to_save") or ()
+    words = path.split(".")
+    return any(".".join(words[: i + 1]).endswith(name) for i in range(len(words)) for name in names)
 
 
 def pattern_key(patterns: Iterable[str], path: str, prefix: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,8 @@ from trimtab.core.site import Site
 
 __all__ = [
     "Fields", "Stored", "Tensors", "Twin", "channels", "kernel", "layer_of", "pack_ia3", "pack_projections", "pointwise",
-    "projections", "slices", "unpack_ia3",
+    "other_blocks", "other_side", "projections", "slices", "unpack_ia3",
+    "without_tensors",
 ]  # fmt: skip
 
 Fields = dict[str, Any]
@@ -97,6 +99,7 @@ class Twin:
         unpack, pack: other changes of a place's tensors, after reading and before writing.
         common, pack_common: tensors that all places share.
         gather: fields that all places make together, such as lists of them.
+        against: (config, path, a place's tensors, site) -> in which field the config contradicts the tensors, in words, or None.
     """
 
     peft_type: str
@@ -115,6 +118,7 @@ class Twin:
     common: Callable[[Fields, list[Site], Tensors], Tensors] = lambda fields, sites, loose: {}
     pack_common: Callable[[list[Adapter]], Tensors | None] = lambda adapters: {}
     gather: Callable[[list[Adapter]], Fields] = lambda adapters: {}
+    against: Callable[[Fields, str, Tensors, Site], str | None] = lambda config, path, stored, site: None
     #: names that ``unpack`` turns into others
     also: tuple[str, ...] = ()
 
@@ -130,6 +134,14 @@ class Twin:
             table = config.get(patterns) or {}
             fields[key] = table.get(pattern_key(table, path, self.prefix), fields[key])
         return fields
+
+
+def without_tensors(peft_type: str, *harmless: str) -> Twin:
+    """A type that has no tensors of its own: parameters, or rows of them, as they are."""
+    none = lambda *given: None  # noqa: E731
+    return Twin(
+        peft_type=peft_type, methods=(), tensors=(), layers=frozenset(), fields={}, read=none, write=none, harmless=harmless
+    )
 
 
 # -- VeRA: A and B stand once in the file, or in the seed alone
@@ -177,6 +189,29 @@ def unpack_ia3(stored: Tensors, f: Fields, site: Site, common: Tensors) -> Tenso
         return stored
     f["side"] = "input" if gain.shape[0] == 1 else "output"
     return stored | {"ia3_l": gain.flatten()}
+
+
+def other_side(config: Fields, path: str, stored: Tensors, site: Site) -> str | None:
+    """Where ``feedforward_modules`` puts the gain at the other side than its shape does; peft looks at a path's end."""
+    gain, names = stored.get("ia3_l"), config.get("feedforward_modules")
+    if gain is None or gain.numel() == 1 or names is None:
+        return None
+    said = re.fullmatch(names, path) is not None if isinstance(names, str) else any(path.endswith(name) for name in names)
+    if said == (gain.shape[0] == 1):
+        return None
+    return f"feedforward_modules says that the gain is on the {'input' if said else 'output'}, and it is {tuple(gain.shape)}"
+
+
+def other_blocks(config: Fields, stored: Tensors, site: Site, *, size: int | None, names: tuple[str, str]) -> str | None:
+    """Where the config tells another size of a rotation's blocks than the tensors; ``names``: of the size, of the number."""
+    if size is None or site.kind != "linear":
+        return None
+    by_size, by_number = (config.get(name) or 0 for name in names)
+    if by_size and site.in_features % by_size == 0 and by_size != size:
+        return f"{names[0]}={by_size}, and the tensors have blocks of {size}"
+    if by_number and not by_size and site.in_features % by_number == 0 and site.in_features // by_number != size:
+        return f"{names[1]}={by_number}, and the tensors have {site.in_features // size} blocks of {size}"
+    return None
 
 
 def pack_ia3(stored: Tensors, f: Fields, adapter: Any) -> Tensors:

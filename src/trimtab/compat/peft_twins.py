@@ -19,12 +19,15 @@ from trimtab.compat.peft_table import (
     Twin,
     channels,
     kernel,
+    other_blocks,
+    other_side,
     pack_ia3,
     pack_projections,
     pointwise,
     projections,
     slices,
     unpack_ia3,
+    without_tensors,
 )
 from trimtab.core.contracts import MethodConfig
 from trimtab.core.errors import Unsupported
@@ -116,7 +119,7 @@ def _write_adalora(config: Any) -> Fields | None:
 
 def _pruned(stored: Tensors, f: Fields, site: Site, common: Tensors) -> Tensors:
     """Triplets that peft cut off at saving come back as zeros: the divisor is the rank at the start."""
-    mask = (f["rank_pattern"] or {}).get(f"{site.path}.lora_E")
+    mask = (f["rank_pattern"] or {}).get(f"{f['path']}.lora_E")
     if mask is None:
         return stored
     where = torch.tensor(mask, dtype=torch.bool)
@@ -169,12 +172,15 @@ def _terms(peft_terms: int) -> int:
     return max(peft_terms, 4)
 
 
-def _read_oft(f: Fields, stored: Tensors) -> MethodConfig:
+def _triangle(stored: Tensors) -> int | None:
+    """The block size that the stored triangles tell; peft adjusts one that does not divide the width."""
     q = next((v for k, v in stored.items() if k.endswith("_R.weight")), None)
-    # peft adjusts a block size that does not divide the width, so that the stored triangles alone tell it
-    size = None if q is None or q.dim() != 2 else (1 + math.isqrt(1 + 8 * q.shape[1])) // 2
+    return None if q is None or q.dim() != 2 else (1 + math.isqrt(1 + 8 * q.shape[1])) // 2
+
+
+def _read_oft(f: Fields, stored: Tensors) -> MethodConfig:
     return get("OFT")(
-        block_size=size, block_share=f["block_share"], dropout=f["module_dropout"],
+        block_size=_triangle(stored), block_share=f["block_share"], dropout=f["module_dropout"],
         neumann=_terms(f["num_cayley_neumann_terms"]) if f["use_cayley_neumann"] else None,
         eps=f["eps"] if f["coft"] else None,
     )  # fmt: skip
@@ -298,6 +304,9 @@ TWINS: dict[str, Twin] = {
             harmless=("init_weights", "r", "oft_block_size"),
             unpack=lambda stored, fields, site, common: _sign(stored, fields),
             pack=_sign,
+            against=lambda config, path, stored, site: other_blocks(
+                config, stored, site, size=_triangle(stored), names=("oft_block_size", "r")
+            ),
         ),
         Twin(
             peft_type="BOFT",
@@ -308,6 +317,10 @@ TWINS: dict[str, Twin] = {
             read=_read_boft,
             write=_write_boft,
             harmless=("init_weights", "boft_block_size", "boft_block_num", "boft_n_butterfly_factor"),
+            against=lambda config, path, stored, site: other_blocks(
+                config, stored, site, names=("boft_block_size", "boft_block_num"),
+                size=stored["boft_R"].shape[-1] if "boft_R" in stored else None,
+            ),
         ),
         Twin(
             peft_type="VERA",
@@ -365,6 +378,7 @@ TWINS: dict[str, Twin] = {
             harmless=("feedforward_modules", "init_ia3_weights"),
             unpack=unpack_ia3,
             pack=pack_ia3,
+            against=other_side,
             gather=lambda adapters: {"feedforward_modules": [a.site.path for a in adapters if a.at_input]},
         ),
         Twin(
@@ -376,5 +390,7 @@ TWINS: dict[str, Twin] = {
             read=_read_bone,
             write=lambda c: None,
         ),
+        without_tensors("LN_TUNING"),
+        without_tensors("TRAINABLE_TOKENS", "init_weights"),
     )
 }  # fmt: skip

@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from trimtab.compat.peft_files import NORM_COPY, PREFIX, targeted, write_folder
+from trimtab.compat.peft_beside import bank_tensors, biases, is_bank, key_of, row_tensors, rows, target_parameters
+from trimtab.compat.peft_files import NORM_COPY, NORMS, PREFIX, targeted, write_folder
 from trimtab.compat.peft_prompts import write_prompts
 from trimtab.compat.peft_table import Twin, layer_of
 from trimtab.compat.peft_twins import LORA, TWINS
+from trimtab.core import fingerprint
 from trimtab.core.contracts import Adapter, Reparameterization, Selection
 from trimtab.core.errors import TrimtabError, Unsupported, raise_all
 from trimtab.core.site import Site, gathered
@@ -35,35 +37,79 @@ def write(root: nn.Module, path: Path, name: str, base_name: str | None = None) 
     """Write the adapter ``name`` of ``root`` to the folder ``path``; see ``PeftFolder.save``."""
     base_name = base_name or _name_of(root)
     adapters = adapter_group(state_of(root), name).adapters
-    rest = [a for a in adapters if not isinstance(a, Selection)]
-    saved, whole = _saved_modules([a for a in adapters if isinstance(a, Selection)])
-    if not rest and all(type(a.config).__name__ == "NormTuning" for a in adapters):
+    base = fingerprint.take(root, adapters)
+    tokens = [a for a in adapters if type(a.config).__name__ == "TokenRows"]
+    rest = [a for a in adapters if not isinstance(a, Selection) and a not in tokens]
+    word, beside, selections = biases(root, rest, [a for a in adapters if isinstance(a, Selection)], name)
+    copies = [a for a in selections if getattr(a.config, "beneath", False)]
+    saved, whole = _saved_modules([a for a in selections if a not in copies])
+    if not rest and not tokens and all(type(a.config).__name__ == "NormTuning" for a in adapters):
         paths = sorted({a.site.path for a in adapters})
-        copies = {f"{k.rpartition('.')[0]}.{NORM_COPY}.{k.rpartition('.')[2]}": v for k, v in whole.items()}
-        own = {"peft_type": "LN_TUNING", "modules_to_save": None}
-        return write_folder(path, _common(root, paths, base_name) | own, copies)
+        norms = {f"{k.rpartition('.')[0]}.{NORM_COPY}.{k.rpartition('.')[2]}": v for k, v in whole.items()}
+        own = {"peft_type": NORMS, "modules_to_save": None}
+        return write_folder(path, _common(root, paths, base_name) | own, norms, base=base)
+    if not rest and tokens and not selections:
+        config, tensors = _rows_alone(root, tokens, name, base_name)
+        return write_folder(path, config, tensors, base=base)
     if not rest:
         raise Unsupported(
             f"the adapter {name!r} only replaces parameters of the base, for which peft has no adapter type; "
             "save it in trimtab's own format, or tt.merge it and save the base"
         )
-    prompts = write_prompts(root, rest, name) if not saved else None
+    prompts = write_prompts(root, rest, name) if not selections and not tokens and not beside else None
     if prompts is not None:
         own, tensors = prompts
         common = {key: value for key, value in _common(root, [], base_name).items() if key != "target_modules"}
-        return write_folder(path, common | own, tensors)
+        return write_folder(path, common | own, tensors, base=base)
     form = _native(rest) or _low_rank(rest, name)
     order = {p: i for i, (p, _) in enumerate(root.named_modules())}
-    paths = sorted({a.site.path for a in rest}, key=order.__getitem__)
+    paths = sorted({a.site.path for a in rest if not is_bank(a)}, key=order.__getitem__)
     config = {
         **_common(root, paths, base_name),
         "peft_type": form.twin.peft_type,
         "modules_to_save": _whole_names(root, saved) or None,
         **form.fields,
+        **_besides(root, form, rest, tokens, word, name),
     }
     if any(layer_of(a.site) == "Conv1D" for a in rest):
         config["fan_in_fan_out"] = True
-    return write_folder(path, config, form.tensors | whole)
+    adapted = {a.site.path for a in rest}
+    for each in copies:  # peft loads it into the base
+        value = each.site.unmatrix(gathered(each.value.detach())).reshape(each.site.parameter().shape)
+        beside[f"{PREFIX}{each.site.path}{'.base_layer' * (each.site.path in adapted)}.{each.site.tensor}"] = value
+    beside |= row_tensors(rows(tokens)[1], alone=False)
+    return write_folder(path, config, form.tensors | whole | beside, base=base)
+
+
+def _besides(
+    root: nn.Module, form: _Form, adapters: list[Adapter], tokens: list[Adapter], word: str, name: str
+) -> dict[str, Any]:
+    """Fields for what stands beside the layers, all of which peft has in its LoRA alone."""
+    banks = [a for a in adapters if is_bank(a)]
+    found: dict[str, Any] = {"bias": word} if word != "none" else {}
+    if banks:
+        found["target_parameters"] = target_parameters(root, banks)
+    if tokens:
+        found["trainable_token_indices"] = rows(tokens)[0]
+    if found and form.twin is not LORA:
+        raise Unsupported(
+            f"the adapter {name!r} has {' and '.join(found)} beside {form.twin.peft_type}, which peft offers beside LoRA alone; "
+            "save it in trimtab's own format"
+        )
+    if banks and form.fields.get("lora_dropout"):
+        raise Unsupported(f"peft's LoRA on parameters takes no dropout, and {name!r} has one; save it in trimtab's own format")
+    return found
+
+
+def _rows_alone(
+    root: nn.Module, tokens: list[Adapter], name: str, base_name: str | None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and tensors of rows of tokens without anything else."""
+    named, values = rows(tokens)
+    if len(named) > 1:
+        raise Unsupported(f"the adapter {name!r} has rows of {len(named)} tables, of which peft takes one alone; add a LoRA to it")
+    own = {"peft_type": "TRAINABLE_TOKENS", "token_indices": next(iter(named.values()))}
+    return _common(root, list(named), base_name) | own, row_tensors(values, alone=True)
 
 
 def _common(root: nn.Module, paths: list[str], base_name: str | None) -> dict[str, Any]:
@@ -118,9 +164,13 @@ def _native(adapters: list[Adapter]) -> _Form | None:
     """peft's own form of the method, if it has one and can express all places."""
     methods = {type(a.config).__name__ for a in adapters}
     twin = next((t for t in TWINS.values() if methods <= set(t.methods)), None)
-    if twin is None or any(a.site.rows is not None or a.resized or layer_of(a.site) not in twin.layers for a in adapters):
+    banks = [a for a in adapters if is_bank(a)]
+    layers = [a for a in adapters if a not in banks]
+    if twin is None or any(a.site.rows is not None or a.resized for a in adapters):
         return None
-    each = {a.site.path: twin.write(a.config) for a in adapters}
+    if any(layer_of(a.site) not in twin.layers for a in layers):
+        return None
+    each = {key_of(a): twin.write(a.config) for a in adapters}
     common = twin.pack_common(adapters)
     if common is None or None in each.values():
         return None
@@ -129,7 +179,8 @@ def _native(adapters: list[Adapter]) -> _Form | None:
         return None
     rules = {rule.ours: rule for rule in twin.tensors}
     tensors = dict(common)
-    for adapter in adapters:
+    tensors |= bank_tensors(banks)
+    for adapter in layers:
         stored = {rules[key].name(adapter.site): _shaped(rules[key], adapter.site, v) for key, v in adapter.state_dict().items()}
         for key, value in twin.pack(stored, fields, adapter).items():
             tensors[f"{PREFIX}{adapter.site.path}.{key}"] = value

@@ -111,7 +111,7 @@ def _check_zip(file: Path, size: int) -> None:
                     while stream.read(_CHUNK):
                         pass
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError, ValueError) as error:
-        raise CheckpointMismatch(f"{file} is damaged: {error}; restore it from a copy") from None
+        raise CheckpointMismatch(f"{file} cannot be read ({error}); it ends at byte {size:,}: restore it from a copy") from None
 
 
 def _check_tensors(stored: dict[str, Any], file: Path, size: int) -> None:

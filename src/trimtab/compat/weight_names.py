@@ -150,6 +150,25 @@ def _renamed(key: str, renamings: list[Any], converters: list[Any]) -> tuple[str
     return key, None, ""
 
 
+def renamed_path(model: nn.Module) -> Callable[[str], str]:
+    """``path -> path``: the module of ``model`` that an older layout called so, by transformers' renamings; no other is changed."""
+    renamings, _ = _conversions(model)
+    return lambda path: _renamed(f"{path}.weight", renamings, [])[0].removesuffix(".weight")
+
+
+def stacked(model: nn.Module, key: str) -> tuple[str, int, bool] | None:
+    """What an expert's own tensor of an older layout is a part of: the parameter, which of the matrices that are joined in it, and
+    whether it is only stacked and joined by rows; None if transformers knows nothing of it."""
+    renamings, converters = _conversions(model)
+    name, converter, pattern = _renamed(key, renamings, converters)
+    if converter is None:
+        return None
+    plain = {type(op).__name__ for op in converter.operations} <= {"MergeModulelist", "Concatenate"}
+    joined = [op for op in converter.operations if type(op).__name__ == "Concatenate"]
+    plain = plain and all(op.dim == 1 for op in joined) and len(converter.target_patterns) == 1
+    return name, list(converter.source_patterns).index(pattern), plain
+
+
 def _targets(name: str, converter: Any) -> list[str]:
     """All parameters that a converter makes under the name that it collects under."""
     if converter is None:

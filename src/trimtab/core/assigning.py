@@ -15,6 +15,7 @@ from trimtab.core.calibrate import site_activations, site_gradients
 from trimtab.core.contracts import ActivationAdapter, Adapter, MethodConfig, Selection, TokenAdapter
 from trimtab.core.errors import NoMatch, ShapeMismatch, TooSmall, TrimtabError, Unsupported, raise_all
 from trimtab.core.excluding import Exclusion
+from trimtab.core.kinds import site_for
 from trimtab.core.places import sites_of
 from trimtab.core.selection import GROUPS, Place, Targets, clauses_of, select
 from trimtab.core.site import Cohort, Site
@@ -92,6 +93,7 @@ def plan(
         notes += _absent(root, method, layers, anatomy)
     problems += out.unused(len(found))
     raise_all(problems)
+    _follow_ties(root, anatomy, found)
     assignments = list(found.values())
     if not assignments:
         raise NoMatch(_nothing(method, places, notes, out))
@@ -233,6 +235,19 @@ def _width(anatomy: Any, place: Place) -> int | None:
     return anatomy.facts[place.block or 0]["width"] if anatomy.blocks else None
 
 
+def _follow_ties(root: nn.Module, anatomy: Anatomy, found: dict[tuple[str, str], Assignment]) -> None:
+    """Add the other ends of tied tensors, for methods that change a tie as one."""
+    tied = [entry for entry in found.values() if type(entry[0]).adapter_class.whole_ties and entry[1].tensor]
+    users = parameter_users(root) if tied else {}
+    for config, site in tied:
+        for name in users[id(site.parameter())]:
+            path, _, tensor = name.rpartition(".")
+            place = Place(path, anatomy.modules[path], role=anatomy.roles.get(path), block=anatomy.block_of(path))
+            other = site_for(place, tensor)
+            other.layer, other.clause = site.layer, site.clause
+            found.setdefault((other.path, other.slot), (config, other))
+
+
 def _without_ties(root: nn.Module, assignments: list[Assignment], notes: list[str]) -> list[Assignment]:
     """A tied tensor is one site: no two adapters of one attach on it, and no selection that would cut the tie.
 
@@ -245,7 +260,7 @@ def _without_ties(root: nn.Module, assignments: list[Assignment], notes: list[st
     kept: list[Assignment] = []
     for config, site in assignments:
         others: list[str] = []
-        if site.kind != "module" and site.rows is None:
+        if site.kind != "module" and site.rows is None and not type(config).adapter_class.whole_ties:
             others = [n for n in users[id(site.parameter())] if n != ".".join(filter(None, (site.path, site.tensor)))]
         alone = issubclass(type(config).adapter_class, Selection)
         if not others or not (alone or seen.setdefault(id(site.parameter()), site) is not site):

@@ -64,7 +64,7 @@ def _collect(
     learning = {parameter for parameter, _ in wanted}
 
     def take(parameter: Tensor) -> None:
-        gradient = parameter.grad.detach().float().cpu()
+        gradient = parameter.grad.detach().to_dense().float().cpu()  # an embedding's may be sparse
         parameter.grad = None
         for power in (2, 1):
             key = parameter, power

@@ -44,6 +44,7 @@ class Adapter(nn.Module):
         needs_gradient: whether starting it needs dL/dW (``attach(..., loss=...)``).
         gradient_power: what ``site.gradient`` sums over the batches then: 1, gradients; 2, their squares.
         identity_at_start: whether the adapted model equals the base before the first step.
+        whole_ties: whether it stands at all modules that share a targeted tensor, and changes them alike.
         rank_axes: of a method whose ranks can be cut one by one, the parameters and buffers that carry them, each with the
             axis: 0 for a factor (r, in), 1 for (out, r). Sizes are then read off the tensors, and scales off ``config.rank``.
         in_axes, out_axes: likewise, what carries the place's inputs and outputs, of a method that can follow its place when some
@@ -61,6 +62,7 @@ class Adapter(nn.Module):
     needs_gradient: ClassVar[bool] = False
     gradient_power: ClassVar[int] = 1
     identity_at_start: ClassVar[bool] = True
+    whole_ties: ClassVar[bool] = False
     rank_axes: ClassVar[Mapping[str, int]] = {}
     in_axes: Mapping[str, int] | None = None
     out_axes: Mapping[str, int] | None = None
@@ -207,7 +209,9 @@ class Reparameterization(Adapter):
 
     def run(self, x: Tensor, base: Operation) -> Tensor:
         """``forward`` where this kind of place has a fast one, else the derived form."""
-        return self.forward(x, base) if base.kind in self.fast else self.derived(x, base)
+        if base.kind not in self.fast or not base.multiplies:
+            return self.derived(x, base)
+        return base.stilled(x, self.forward(x, base))
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """``(B, A)`` with ``weight(W) - W == B @ A`` exactly, shapes (out, r) and (r, in), if the update is low-rank."""
@@ -223,8 +227,7 @@ class Selection(Reparameterization):
 
     additive = False
     kinds = frozenset({"linear", "conv", "grouped", "embedding", "bare", "vector"})
-    in_axes = {"value": 1}
-    out_axes = {"value": 0}
+    in_axes, out_axes = {"value": 1}, {"value": 0}
 
     def __init__(self, config: MethodConfig, site: Site):
         super().__init__(config, site)
@@ -238,7 +241,6 @@ class Selection(Reparameterization):
         return self.value
 
     def replaces(self, where: Tensor) -> Tensor:
-        """All of them, unless it stands on rows of a fused tensor."""
         return torch.full((len(where),), self.site.rows is None)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 import time
@@ -120,20 +121,34 @@ def _mark(path: Path) -> tuple[int, ...] | None:
 
 
 @contextmanager
-def tensors_in(folder: Path, tensors: dict[str, Tensor]) -> Iterator[Path]:
+def tensors_in(folder: Path, tensors: dict[str, Tensor], **more: str) -> Iterator[Path]:
     """A safetensors file beside its final place in ``folder``, to be renamed within the block; gone after it if it was not.
 
     safetensors writes to a temporary file of its own next to it, so that the file stands in a folder that ``sweep`` knows.
+
+    Args:
+        more: entries of the file's metadata.
     """
     draft = stage_of(folder / DRAFT)
     draft.mkdir()
     try:
-        # one entry of metadata: of two, safetensors writes now one first, now the other
-        save_file(tensors, draft / "tensors", metadata={"format": "pt"})
+        save_file(tensors, draft / "tensors", metadata={"format": "pt", **more})
+        if more:
+            _sort_metadata(draft / "tensors")
         sync(draft / "tensors")
         yield draft / "tensors"
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _sort_metadata(file: Path) -> None:
+    """Of several entries safetensors writes now one first, now the other: the same content shall be the same bytes."""
+    with open(file, "r+b") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        stream.seek(8)
+        stream.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
 
 
 @contextmanager

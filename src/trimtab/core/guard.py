@@ -20,6 +20,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from trimtab.core import reach
+from trimtab.core.changes import verify
 from trimtab.core.contracts import Adapter
 from trimtab.core.errors import GradientMismatch
 from trimtab.core.reach import FAULT
@@ -78,6 +79,11 @@ def _before_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) ->
             continue
         waiting = [g for g in state.groups.values() if g.trainable and not g.checked]
         if any(id(p) in held for g in waiting for p in trainable_parameters(g)):
+            if verify(root, state):
+                raise GradientMismatch(
+                    "at the first optimizer step, the model's vocabulary had grown since the adapters came, and this step's "
+                    "forward ran without them there; they follow now: zero the gradients and run the step again"
+                )
             check_gradients(root, held=held, received=received)
             _WATCHED.discard(root)
             reach.end(root)

@@ -138,10 +138,19 @@ class EmbeddingSite(_Matrix):
 
     unmatrix = matrix
 
+    @property
+    def multiplies(self) -> bool:  # type: ignore[override]
+        return self.module.max_norm is None and not self.module.scale_grad_by_freq
+
+    def stilled(self, x: Tensor, y: Tensor) -> Tensor:
+        pad = self.module.padding_idx  # never negative: nn.Embedding has counted it from the front
+        return y if pad is None else torch.where((x == pad)[..., None], y.detach(), y)
+
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
         m = self.module
         table = weight.t().to(self.dtype)
-        return F.embedding(x, table, m.padding_idx, m.max_norm, m.norm_type, m.scale_grad_by_freq, m.sparse)
+        # no sparse gradient: it goes on through the operations that made the table, which know none
+        return F.embedding(x, table, m.padding_idx, m.max_norm, m.norm_type, m.scale_grad_by_freq)
 
     def project(self, x: Tensor, a: Tensor) -> Tensor:
         return F.embedding(x, a.t().to(self.dtype), self.module.padding_idx)
@@ -169,6 +178,29 @@ class TransposedBareSite(BareSite):
     """A bare parameter that is stored with its input axis first: ``(experts, in, out)``."""
 
     transposed = True
+
+
+class KernelSite(BareSite):
+    """A kernel whose module's forward is not the known one, or any parameter of more than three axes: ``(out, in * kernel)``."""
+
+    def matrix(self, stored: Tensor) -> Tensor:
+        return stored.flatten(1)
+
+    def unmatrix(self, weight: Tensor) -> Tensor:
+        return weight
+
+
+class TransposedKernelSite(BareSite):
+    """The kernel of a transposed convolution, stored ``(in, out / groups, kernel...)``: ``(out, in / groups * kernel)``."""
+
+    def matrix(self, stored: Tensor) -> Tensor:
+        grouped = stored.unflatten(0, (self.module.groups, -1))  # (groups, in / groups, out / groups, kernel...)
+        return grouped.transpose(1, 2).flatten(2).flatten(0, 1)
+
+    def unmatrix(self, weight: Tensor) -> Tensor:
+        _, out, *kernel = self.parameter().shape
+        grouped = weight.reshape(self.module.groups, out, -1, *kernel)
+        return grouped.transpose(1, 2).flatten(0, 1)
 
 
 class VectorSite(_Tensor):
@@ -255,6 +287,13 @@ class Through(Operation):
         y = self.base.apply(x, weight)
         return self.base.rebiased(y, self.bias) if self.adapter.rebias else y
 
+    @property
+    def multiplies(self) -> bool:  # type: ignore[override]
+        return self.base.multiplies
+
+    def stilled(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.base.stilled(x, y)
+
     def project(self, x: Tensor, a: Tensor) -> Tensor:
         return self.base.project(x, a)
 
@@ -283,6 +322,10 @@ def linear_forward_kind(module: nn.Module, tensor: str) -> type[Site]:
             return EmbeddingSite
     if stored.dim() < 2 or "Norm" in cls.__name__:
         return VectorSite
+    if tensor == "weight" and isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return TransposedKernelSite
+    if stored.dim() > 3 or (tensor == "weight" and isinstance(module, nn.modules.conv._ConvNd)):
+        return KernelSite
     return TransposedBareSite if getattr(module, "is_transposed", False) and stored.dim() == 3 else BareSite
 
 

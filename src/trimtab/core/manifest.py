@@ -24,6 +24,10 @@ def _count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST
 
 
+def _seed(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**64
+
+
 def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -79,7 +83,7 @@ _PLACE: dict[str, tuple[Test, str]] = {
     "source": (_or_none(_text), "a text"),
     "role": (_or_none(_text), "a text"),
     "block": (_or_none(_count), "a whole number"),
-    "origin": (lambda v: isinstance(v, list) and len(v) == 2 and all(isinstance(x, int) for x in v), "two whole numbers"),
+    "origin": (lambda v: isinstance(v, list) and len(v) == 2 and _seed(v[0]) and _count(v[1]), "a seed and a whole number"),
 }
 _NEEDED = ("path", "tensor", "kind", "shape", "method")
 _TENSOR: dict[str, tuple[Test, str]] = {"shape": (_many(_count), "a list of sizes"), "dtype": (_dtype, "a dtype of torch")}

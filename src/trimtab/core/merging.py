@@ -83,9 +83,11 @@ def merge(
         for target in targets:
             exact = adapted_chain(target.site, target.chains, dtype=accumulate(target.site))
             planned.append(check_target(target, exact, into, report, max_error))
+        _refuse_apart(targets, planned)
         state.originals[name] = []  # insertion order is the order of merging
+        written: dict[int, Tensor] = {}  # a tied tensor is written once
         for target, stored in zip(targets, planned, strict=True):
-            _write(state, name, target, stored, own=untie and target.key in ties, keep=not permanent)
+            _write(state, name, target, stored, written, own=untie and target.key in ties, keep=not permanent)
         if cut:
             _loosen(root, state, name, cut)
     group.merged = True
@@ -167,12 +169,12 @@ def _targets(state: ModelState, group: Group, into: str | None) -> list[Target]:
 
 
 def _ties(root: nn.Module, targets: list[Target]) -> dict[tuple[int, str], str]:
-    """Targets whose tensor another place of the model shares -> that place's name."""
+    """Targets whose tensor a place of the model shares that is no target itself -> that place's name."""
     users = parameter_users(root)
+    names = {f"{target.site.path}.{target.site.tensor}" for target in targets}
     ties = {}
     for target in targets:
-        own = f"{target.site.path}.{target.site.tensor}"
-        others = [name for name in users.get(id(target.site.parameter()), ()) if name != own]  # a bias may not be there yet
+        others = [name for name in users.get(id(target.site.parameter()), ()) if name not in names]  # a bias may not be there yet
         if others:
             ties[target.key] = others[0]
     return ties
@@ -195,6 +197,25 @@ def _refuse(root: nn.Module, group: Group, targets: list[Target], ties: dict, un
 
         problems += never_called(root, [target.site for target in targets if target.key in ties])
     raise_all(problems)
+
+
+def _refuse_apart(targets: list[Target], planned: list[Tensor]) -> None:
+    """The ends of a tie that all are targets must become the same tensor."""
+    ends: dict[int, list[tuple[Target, Tensor]]] = {}
+    for target, new in zip(targets, planned, strict=True):
+        ends.setdefault(id(target.site.parameter()), []).append((target, new))
+    raise_all([
+        NotMergeable(
+            f"{first.site.name} and {other.site.name} are one tied tensor, which the adapter changes in two ways; untie the model "
+            "before attaching, or target one of them"
+        )
+        for (first, one), *rest in ends.values() if first.site.parameter() is not None
+        for other, new in rest if not _same(one, new)
+    ])  # fmt: skip
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(*(t.dequantize() if is_quantised(t) and hasattr(t, "dequantize") else t.detach() for t in (one, other)))
 
 
 def _loosen(root: nn.Module, state: ModelState, name: str, cut: list[str]) -> None:
@@ -297,11 +318,17 @@ def _quantised(site: Site, whole: Tensor, into: str | None) -> tuple[nn.Paramete
     raise NotMergeable(f'{site.name}: no way is known to requantise a {type(site.parameter()).__name__}; use into="dequantised"')
 
 
-def _write(state: ModelState, name: str, target: Target, new: Tensor, *, own: bool, keep: bool) -> None:
+def _write(
+    state: ModelState, name: str, target: Target, new: Tensor, written: dict[int, Tensor], *, own: bool, keep: bool
+) -> None:
     """Store the merged tensor: in place, or as another parameter where the storage changes or a tie is cut."""
     module, tensor = target.site.module, target.site.tensor
     old = target.site.parameter()
     replace = own or isinstance(new, nn.Parameter)
+    if old is not None and id(old) in written:  # the other end of a tie
+        if not replace:
+            return
+        new = written[id(old)]
     if keep:
         saved = old if replace else old.detach().clone()
         state.originals[name].append((module, tensor, saved, replace))
@@ -309,3 +336,5 @@ def _write(state: ModelState, name: str, target: Target, new: Tensor, *, own: bo
         module._parameters[tensor] = new if isinstance(new, nn.Parameter) else nn.Parameter(new, requires_grad=False)
     else:
         old.data.copy_(new)
+    if old is not None:
+        written[id(old)] = module._parameters[tensor]

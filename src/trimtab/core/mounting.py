@@ -23,6 +23,19 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return self._modules[CHILD].run(self, args, kwargs)
 
 
+def _apply(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+    """``to``, ``half``, ``cuda``: the sites keep up with their tensors' dtype and device."""
+    self._trimtab_base._apply(self, *args, **kwargs)
+    for slots in self._modules[CHILD]._modules.values():
+        for adapter in slots._modules.values():
+            site = adapter.site
+            stored = self._parameters.get(site.tensor) if site.tensor else next(self.parameters(recurse=False), None)
+            if stored is not None:
+                site.device = stored.device
+                site.dtype = stored.dtype if stored.is_floating_point() else site.dtype
+    return self
+
+
 def _property(tensor: str, reading: Callable[[Host, nn.Module, str], Tensor | None]) -> property:
     def read(self: nn.Module) -> Tensor | None:
         try:
@@ -98,6 +111,7 @@ def adapted_class(
             "__qualname__": base.__qualname__,
             "__doc__": base.__doc__,
             "_trimtab_base": base,
+            "_apply": _apply,
             "_trimtab_key": key,
         }
         if redirected:

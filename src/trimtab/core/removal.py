@@ -25,7 +25,7 @@ def detach(model: nn.Module, name: str) -> None:
             ``tt.merge(model, name, permanent=True)``); or another adapter needs it.
     """
     root = unwrap(model)
-    state = state_of(root)
+    state = state_of(root, changed=True)
     group = adapter_group(state, name)
     if group.merged:
         raise Unsupported(f"the adapter {name!r} is merged into the base; tt.unmerge(model, {name!r}) before detaching it")
@@ -36,7 +36,7 @@ def detach(model: nn.Module, name: str) -> None:
 
 def remove_group(root: nn.Module, name: str) -> None:
     """Take a group off without looking at whether it is merged."""
-    state = state_of(root)
+    state = state_of(root, changed=True)
     state.groups.pop(name)
     state.active = tuple(other for other in state.active if other != name)
     for path, module in list(state.hosts.items()):

@@ -141,6 +141,8 @@ class Operation:
     kind: str
     out_features: int
     in_features: int
+    #: whether a fast form may run: not where the operation itself does more with its matrix than multiply (an embedding's max_norm)
+    multiplies: bool = True
     #: the dense, unquantised ``(out, in)`` matrix that a fused kernel may use directly, or None
     dense: Tensor | None = None
 
@@ -178,6 +180,10 @@ class Operation:
     def project(self, x: Tensor, a: Tensor) -> Tensor:
         """The operation with a thin matrix ``a`` (r, in) and no bias: ``x -> (..., r)``, features last."""
         raise NotImplementedError
+
+    def stilled(self, x: Tensor, y: Tensor) -> Tensor:
+        """An output ``y`` of a fast form without the gradients that the operation keeps from its matrix."""
+        return y
 
     def emit(self, u: Tensor) -> Tensor:
         """Bring an output with its features last, ``(..., out)``, into the operation's own layout."""

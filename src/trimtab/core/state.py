@@ -89,11 +89,14 @@ def unwrap(model: nn.Module) -> nn.Module:
     return inner
 
 
-def state_of(model: nn.Module, *, create: bool = False) -> ModelState:
-    """The model's state.
+def state_of(model: nn.Module, *, create: bool = False, changed: bool = False) -> ModelState:
+    """The model's state, after a look at whether the adapters' places are still there (``core.changes``).
+
+    Args:
+        changed: leave that look out, for taking adapters off.
 
     Raises:
-        Unsupported: nothing is attached to ``model`` and ``create`` is False.
+        Unsupported: nothing is attached to ``model`` and ``create`` is False; or it was changed in a way that no adapter follows.
     """
     root = unwrap(model)
     state = root.__dict__.get(ATTRIBUTE)
@@ -105,9 +108,14 @@ def state_of(model: nn.Module, *, create: bool = False) -> ModelState:
         state = ModelState()
         root.__dict__[ATTRIBUTE] = state
         if hasattr(root, "save_pretrained"):
-            from trimtab.compat.beside import hook
+            from trimtab.compat import beside, resizing
 
-            hook(root)
+            beside.hook(root)
+            resizing.hook(root)
+    elif not changed:
+        from trimtab.core.changes import verify
+
+        verify(root, state)
     return state
 
 
@@ -116,9 +124,10 @@ def drop_state(model: nn.Module) -> None:
     root = unwrap(model)
     root.__dict__.pop(ATTRIBUTE, None)
     if "save_pretrained" in root.__dict__:
-        from trimtab.compat.beside import unhook
+        from trimtab.compat import beside, resizing
 
-        unhook(root)
+        beside.unhook(root)
+        resizing.unhook(root)
 
 
 def adapter_group(state: ModelState, name: str) -> Group:

@@ -111,9 +111,10 @@ class LightPEFT(Schedule):
                 f"least {least} here"
             )
         if steps is not None and self.until >= steps:
+            shorter = f", or a lower estimate (at least {least})" * (self.until > least)
             raise ValueError(
                 f"the estimation takes {self.until} of {steps} steps: none is left for training what it leaves; LightPEFT needs a "
-                f"run of at least {self.until + 1} steps, or a lower estimate (at least {least})"
+                f"run of at least {self.until + 1} steps{shorter}"
             )
         if self.services.ddp:
             raise Unsupported(

@@ -20,9 +20,14 @@ class Unfreeze(MethodConfig):
 
     For a new classifier head beside another method, or for full fine-tuning of some blocks. Not for large matrices, since
     it stores a full copy of what it unfreezes: there LoRA is the choice.
+
+    Args:
+        beneath: whether it stands below another method of the same name at the same place, whose base it then is.
     """
 
     learning_rate = Span(1e-5, 1e-3, log=True)
+
+    beneath: bool = False
 
 
 @method(Unfreeze, paper="plain fine-tuning")
@@ -31,3 +36,7 @@ class UnfreezeAdapter(Selection):
 
     targets = "head"
     tensors = None
+
+    @classmethod
+    def layer(cls, config: Unfreeze) -> str:
+        return "base" if config.beneath else ""
