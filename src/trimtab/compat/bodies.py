@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trimtab.compat.states import used
 from trimtab.core.site import base_class
+from trimtab.core.trial import causal, table_width
 
 __all__ = [
-    "alone", "cache_of", "causal_body", "first_tokens", "input_of", "kept", "layer_cache", "lengthened", "rotates", "run_alone",
-    "starts", "unrecorded",
+    "alone", "cache_of", "causal_body", "first_tokens", "input_of", "kept", "layer_cache", "lengthened", "looks_ahead", "named",
+    "placed", "rotates", "run_alone", "runner", "starts", "takes", "unrecorded",
 ]  # fmt: skip
 
 _KEPT = "_trimtab_kept"
@@ -30,20 +32,62 @@ def _parameters(cls: type) -> tuple[str, ...]:
     return tuple("**" if p.kind is p.VAR_KEYWORD else p.name for p in found)
 
 
-def causal_body(modules: Mapping[str, nn.Module], block: str, attention: str) -> str | None:
-    """Path of the module that runs the stack of ``block`` on embeddings, if its attention is causal; None otherwise.
+def causal_body(modules: Mapping[str, nn.Module], block: str, attentions: Sequence[str]) -> str | None:
+    """Path of the module that runs the stack of ``block`` on embeddings, if no token sees a later one; None otherwise.
 
-    A model that runs on a cache is causal whatever its attention says of itself.
+    What the attentions say of themselves counts; where they say nothing, the body is tried; where it cannot be (it has no weights),
+    a body that runs on a cache is taken for causal.
+
+    Args:
+        attentions: the self-attentions of the stack; none where recurrences alone mix its tokens.
     """
-    if getattr(modules[attention], "is_causal", None) is False:
+    inside = [modules[path] for path in attentions]
+    said = [flag for attention in inside for flag in _said(attention)]
+    if said and not any(said):
         return None
     path = block
     while path:
         path = path.rpartition(".")[0]
-        names = _parameters(base_class(modules[path]))
-        if "inputs_embeds" in names and ("past_key_values" in names or "use_cache" in names):
-            return path if getattr(modules[attention], "is_causal", None) or layer_cache(modules[attention]) else None
+        if not takes(modules[path], "inputs_embeds"):
+            continue
+        if said and all(said):
+            return path
+        found = causal(modules[path])
+        if found is None:
+            found = any(takes(modules[path], name) for name in ("past_key_values", "use_cache"))
+        return path if found else None
     return None
+
+
+def _said(attention: nn.Module) -> list[bool]:
+    """What an attention says of itself: whether it is causal."""
+    return [flag for name in ("is_causal", "is_decoder") if (flag := getattr(attention, name, None)) is not None]
+
+
+def looks_ahead(attention: nn.Module) -> bool:
+    """Whether an attention says of itself that its tokens see later ones."""
+    said = _said(attention)
+    return bool(said) and not any(said)
+
+
+def runner(modules: Mapping[str, nn.Module], block: str) -> nn.Module | None:
+    """The module around ``block`` that makes embeddings of token ids and runs the stack on them; None: there is none."""
+    path = block
+    while path:
+        path = path.rpartition(".")[0]
+        if (takes(modules[path], "inputs_embeds") or takes(modules[path], "input_ids")) and table_width(modules[path]) is not None:
+            return modules[path]
+    return None
+
+
+def takes(module: nn.Module, name: str) -> bool:
+    """Whether a module's forward has a parameter ``name``."""
+    return name in _parameters(base_class(module))
+
+
+def named(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's arguments by the names of their parameters."""
+    return {**dict(zip(_parameters(base_class(module))[1:], args, strict=False)), **kwargs}
 
 
 def layer_cache(attention: nn.Module) -> str | None:
@@ -91,7 +135,7 @@ def starts(cache: Any, x: Tensor) -> bool:
     """Whether a sequence begins here; a part of one that has several tokens counts as its beginning, too."""
     if cache is None or x.shape[1] > 1:
         return True
-    return not torch.compiler.is_compiling() and bool(cache.get_seq_length() == 0)
+    return not torch.compiler.is_compiling() and not used(cache)
 
 
 def kept(cache: Any, path: str, owner: object, value: Any = None) -> Any:
@@ -125,9 +169,21 @@ def run_alone(body: nn.Module, tokens: Tensor, seen: Tensor | None, *, rotated: 
     base_class(body).forward(body, **{k: v for k, v in given.items() if k in names or "**" in names})
 
 
+def placed(body: nn.Module, args: tuple, kwargs: dict, t: int) -> tuple[tuple, dict]:
+    """A body's arguments with positions that do not count padding, where none are given: so far a text stands from its prompt."""
+    call = named(body, args, kwargs)
+    mask = call.get("attention_mask")
+    if call.get("position_ids") is not None or not isinstance(mask, Tensor) or mask.dim() != 2 or not takes(body, "position_ids"):
+        return args, kwargs
+    return (), {**call, "position_ids": (mask.long().cumsum(1) - 1).clamp(min=0)[:, -t:]}
+
+
 def rotates(body: nn.Module) -> bool:
-    """Whether the model's positions are rotations of queries and keys."""
-    return any("inv_freq" in module._buffers for module in body.modules())
+    """Whether the model's positions are rotations of queries and keys.
+
+    A model may have several tables of frequencies, ``<kind of layer>_inv_freq``.
+    """
+    return any(name.endswith("inv_freq") for module in body.modules() for name in module._buffers)
 
 
 def _dtype(body: nn.Module, tokens: Tensor) -> torch.dtype:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.compat.bodies import layer_cache
+from trimtab.compat.bodies import layer_cache, looks_ahead, named
 from trimtab.core.errors import Unsupported
 from trimtab.core.site import base_class
 from trimtab.core.tokens import Beside, Call, Inserted, attend, expected, passages, widened
@@ -48,13 +48,20 @@ def attention(host: Host, module: nn.Module, inner: Callable[[tuple, dict], Any]
     """
     x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
     name, extras = layer_cache(module), host.extras(x.shape[0])
+    args, kwargs = (), named(module, args, kwargs)
     if any(extra.gate is not None for extra in extras) or any(isinstance(p, Inserted) for p in passages()):
         raise Unsupported(f"gated prefixes and tokens in line need scores that torch computes; {host.path} writes them out itself")
     cache, mask = kwargs.get(name), kwargs.get("attention_mask")
+    cache = getattr(cache, "self_attention_cache", cache)  # the half of an encoder-decoder's that this attention takes of it
+    ahead = looks_ahead(module)
+    if ahead and cache is not None and cache.get_seq_length():
+        raise Unsupported(f"the tokens of {host.path} see later ones, so that none of them can be kept; use_cache=False")
     if mask is not None and not mask.is_floating_point():
         raise Unsupported(f"the mask of {host.path} is boolean and its scores are its own: does True hide or show? Nothing tells")
     count, seen = expected(host.path, extras, x.shape[0])
-    if mask is None:
+    if mask is None and ahead:
+        mask = x.new_zeros(1, 1, x.shape[1], x.shape[1])
+    elif mask is None:
         mask = _causal(x, 0 if cache is None else cache.get_seq_length())
 
     def join(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

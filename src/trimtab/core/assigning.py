@@ -22,6 +22,7 @@ from trimtab.core.selection import GROUPS, Place, Targets, clauses_of, select
 from trimtab.core.site import Cohort, Site
 from trimtab.core.stacks import token_places, vocabulary
 from trimtab.core.state import host, parameter_users
+from trimtab.core.trial import table_width
 
 __all__ = ["Assignment", "Loss", "Plan", "calibrate", "check", "missing", "plan", "plan_sites", "prepare"]
 
@@ -231,7 +232,9 @@ def _select(
 
 
 def _width(anatomy: Any, place: Place) -> int | None:
-    """Width of the place's block, or of the first."""
+    """Width of the place's block, or of the first; of a body's embeddings."""
+    if place.role == "stack" and (width := table_width(place.module)) is not None:
+        return width
     return anatomy.facts[place.block or 0]["width"] if anatomy.blocks else None
 
 

@@ -8,20 +8,19 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
-from trimtab.core import anatomy as anatomy_module
 from trimtab.core import registry
 from trimtab.core.assigning import Assignment, Loss, Plan, calibrate, check, missing, plan, plan_sites, prepare
 from trimtab.core.bank import build_adapter
 from trimtab.core.contracts import Adapter, MethodConfig, TokenAdapter
-from trimtab.core.errors import NoMatch, Unsupported, raise_all
+from trimtab.core.errors import NoMatch, TrimtabError, Unsupported, raise_all
 from trimtab.core.guard import watch
 from trimtab.core.layers import Layers
-from trimtab.core.mounting import feed, mount, serve
+from trimtab.core.mounting import feed, mount
 from trimtab.core.removal import detach, remove_adapters, remove_group
 from trimtab.core.selection import Targets
+from trimtab.core.serving import serve_tokens
 from trimtab.core.site import Site
-from trimtab.core.stacks import companions
-from trimtab.core.state import ATTRIBUTE, Group, ModelState, host, state_of, unwrap
+from trimtab.core.state import ATTRIBUTE, Group, ModelState, state_of, unwrap
 from trimtab.core.table import Table
 
 __all__ = ["Assignment", "attach", "detach", "mount_group", "plan_sites", "remove_adapters", "remove_group"]
@@ -164,30 +163,18 @@ def mount_group(root: nn.Module, name: str, adapters: list[Adapter], *, trainabl
             feed(adapter.site.source, name, adapter)
             state.hosts[adapter.site.source_path] = adapter.site.source
         group.adapters.append(adapter)
-    _serve(root, state, name, [adapter for adapter in adapters if isinstance(adapter, TokenAdapter)])
+    try:
+        serve_tokens(root, state, name, [adapter for adapter in adapters if isinstance(adapter, TokenAdapter)])
+    except TrimtabError:  # the model does not take them: leave it as it was
+        if len(group.adapters) == len(adapters):
+            remove_group(root, name)
+        else:
+            remove_adapters(root, name, adapters)
+        raise
     if trainable and check_gradients:
         group.checked = False
         watch(root)
     return group
-
-
-def _serve(root: nn.Module, state: ModelState, name: str, adapters: list[TokenAdapter]) -> None:
-    """Let the modules that serve token adapters know of them."""
-    from trimtab.compat.bodies import rotates
-
-    anatomy = anatomy_module.of(root) if adapters else None
-    for adapter in adapters:
-        if adapter.duty == "prompt":
-            host(adapter.site.module).rotates = rotates(adapter.site.module)
-        before = adapter.site.module
-        for path, duty in companions(adapter, anatomy):
-            module = anatomy.modules[path]
-            if duty == "carry":
-                host(before).next, before = path, module
-            there = serve(module, path, name, duty, adapter)
-            state.hosts[path] = module
-            if adapter.duty == "fresh":
-                host(adapter.site.module).reaches = there.reachable
 
 
 def _freeze(root: nn.Module) -> list[tuple[nn.Module, str]]:

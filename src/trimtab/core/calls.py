@@ -47,16 +47,16 @@ def replace_first(args: tuple, kwargs: dict, change: Callable[[Tensor], Tensor])
 
 def first_tensor(y: Any) -> Tensor:
     """A module's output, or its first tensor."""
-    return y if isinstance(y, Tensor) else y[0] if isinstance(y, tuple) else next(iter(y.values()))
+    return y if isinstance(y, Tensor) else y[0] if isinstance(y, tuple | list) else next(iter(y.values()))
 
 
 def replace_output(y: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """A module's output with its first tensor changed: a tensor, a tuple, or a model output with named fields."""
     if isinstance(y, Tensor):
         return change(y)
-    if isinstance(y, tuple):
+    if isinstance(y, tuple | list):
         rest = (change(y[0]), *y[1:])
-        return type(y)(*rest) if hasattr(y, "_fields") else rest
+        return type(y)(*rest) if hasattr(y, "_fields") else type(y)(rest)
     key = next(iter(y.keys()))
     y[key] = change(y[key])
     return y

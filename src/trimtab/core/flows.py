@@ -33,12 +33,13 @@ from torch.overrides import TorchFunctionMode
 
 from trimtab.core.calls import first_of, first_tensor, replace_first, replace_output
 from trimtab.core.errors import Unsupported
+from trimtab.core.laws import LINE, manner
 from trimtab.core.tokens import Acting, Beside, Call, Inserted, Recorder, Without, attend, entered, passages
 
 if TYPE_CHECKING:
     from trimtab.core.host import Host
 
-__all__ = ["ATTENTION_DUTIES", "listens", "plain", "run"]
+__all__ = ["ATTENTION_DUTIES", "listens", "noted", "plain", "run"]
 
 Inner = Callable[[tuple, dict], Any]
 ATTENTION_DUTIES = frozenset({"beside", "listen"})
@@ -50,9 +51,9 @@ def run(host: Host, module: nn.Module, args: tuple, kwargs: dict, acting: dict[s
     if not ATTENTION_DUTIES.isdisjoint(acting):
         inner = partial(_attention, host, module, inner)
     if "fresh" in acting:
-        inner = partial(_fresh, host, acting["fresh"], inner)
+        inner = partial(_fresh, host, module, acting["fresh"], inner)
     if "enter" in acting or "carry" in acting:
-        inner = partial(_carried, host, acting, inner)
+        inner = partial(_carried, host, module, acting, inner)
     if "pass" in acting:
         inner = partial(_passed, host, inner)
     if "prompt" in acting:
@@ -83,11 +84,12 @@ def plain(
 # -- blocks
 
 
-def _fresh(host: Host, acting: Acting, inner: Inner, args: tuple, kwargs: dict) -> Any:
+def _fresh(host: Host, module: nn.Module, acting: Acting, inner: Inner, args: tuple, kwargs: dict) -> Any:
     """Tokens that enter this block and end with it: as keys and values where its attention can be reached, else in line."""
     x = first_of(args, kwargs)
     if not host.reaches:
         tokens, seen = acting.tokens(x.shape[0])
+        _once(host, module, args, kwargs)
         y, _ = _in_line(args, kwargs, tokens.to(x.dtype).expand(x.shape[0], -1, -1), seen, inner)
         return y
 
@@ -95,14 +97,30 @@ def _fresh(host: Host, acting: Acting, inner: Inner, args: tuple, kwargs: dict) 
         from trimtab.compat import bodies
 
         tokens, seen = acting.tokens(x.shape[0])
-        return _noted(seen, lambda: inner(*bodies.alone(args, kwargs, tokens.to(x.dtype))))
+        return noted(seen, lambda: inner(*bodies.alone(args, kwargs, tokens.to(x.dtype))))
 
     beside, _ = _with_cache(host, acting, x, args, kwargs, alone)
     with entered((*passages(), beside)):
         return inner(args, kwargs)
 
 
-def _noted(seen: Tensor | None, run_alone: Callable[[], Any], *, before: bool = False) -> Beside:
+def _once(host: Host, block: nn.Module, args: tuple, kwargs: dict) -> None:
+    """Tokens in line enter with every call: none may go on from another.
+
+    Raises:
+        Unsupported: the cache of this block has begun.
+    """
+    from trimtab.compat.states import begun_at, state_of
+
+    state = next((value for value in args if hasattr(value, "get_seq_length")), None) or state_of(kwargs)
+    if state is not None and not torch.compiler.is_compiling() and begun_at(state, block):
+        raise Unsupported(
+            f"the learned tokens at {host.path} stand in the block's own sequence, and enter with every call; a call that goes on "
+            "from a cache has them in it already: call the model with use_cache=False"
+        )
+
+
+def noted(seen: Tensor | None, run_alone: Callable[[], Any], *, before: bool = False) -> Beside:
     """What the attentions see in learned tokens while ``run_alone()`` runs them."""
     from trimtab.compat.bodies import unrecorded
 
@@ -137,9 +155,11 @@ class _Carried:
     seen: Tensor | None
 
 
-def _carried(host: Host, acting: dict[str, Acting], inner: Inner, args: tuple, kwargs: dict) -> Any:
+def _carried(host: Host, module: nn.Module, acting: dict[str, Acting], inner: Inner, args: tuple, kwargs: dict) -> Any:
     """Tokens that go through the blocks: in line while a block runs, an attribute of the hidden states between two."""
     x = first_of(args, kwargs)
+    if "enter" in acting:
+        _once(host, module, args, kwargs)
     carried = _handed_on(host, x) if "carry" in acting else None
     if "enter" in acting:
         tokens, seen = acting["enter"].tokens(x.shape[0])
@@ -255,14 +275,24 @@ class _Bound(torch.autograd.Function):
 
 
 def _prompted(host: Host, module: nn.Module, acting: Acting, inner: Inner, args: tuple, kwargs: dict) -> Any:
+    """A causal stack: the tokens run alone, then the sequence with their keys and values; or the tokens in the sequence."""
+    from trimtab.core.line import in_sequence
+
+    act = in_sequence if manner(host, module) == LINE else _beside_sequence
+    return act(host, module, acting, inner, args, kwargs)
+
+
+def _beside_sequence(host: Host, module: nn.Module, acting: Acting, inner: Inner, args: tuple, kwargs: dict) -> Any:
     """A causal stack: the tokens alone, then the sequence with their keys and values."""
-    from trimtab.compat.bodies import cache_of, input_of, kept, run_alone
+    from trimtab.compat.bodies import cache_of, input_of, kept, placed, run_alone
 
     x = input_of(args, kwargs)
+    if host.rotates:
+        args, kwargs = placed(module, args, kwargs, x.shape[1])
 
     def alone() -> Beside:
         tokens, seen = acting.tokens(x.shape[0])
-        return _noted(seen, lambda: run_alone(module, tokens, seen, rotated=host.rotates), before=True)
+        return noted(seen, lambda: run_alone(module, tokens, seen, rotated=host.rotates), before=True)
 
     beside, cache = _with_cache(host, acting, x, args, kwargs, alone)
     with entered((*passages(), beside)):

@@ -88,6 +88,11 @@ class Host(nn.Module):
         self.redirected = self.cached = self.reachable = False
         #: whether the attention of this block can be reached; whether this body's positions are rotations
         self.reaches = self.rotates = False
+        #: how a prompt acts in the stack that this body runs (trimtab.core.laws), None: not known yet; the stack's blocks
+        self.manner: str | None = None
+        self.blocks: list[nn.Module] = []
+        #: width of its embeddings; name of the method that came first
+        self.width, self.asked = 0, ""
         #: shapes of the module's parameters when the adapters were last found to fit them (trimtab.core.changes)
         self.shapes: dict[str, torch.Size] | None = None
         # nn.TransformerEncoderLayer's inference shortcut reads its children's weights past their forward, unless a hook

@@ -6,6 +6,7 @@ structure (whether a stack is causal, and which module runs it from embeddings o
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from trimtab.core.errors import TrimtabError, Unsupported, raise_all
+from trimtab.core.site import base_class
 from trimtab.core.structure import is_matrix, qkv_role, sizes
 
 if TYPE_CHECKING:
@@ -22,11 +24,13 @@ if TYPE_CHECKING:
     from trimtab.core.selection import Place
     from trimtab.core.site import Site
 
-__all__ = ["Stack", "attentions", "companions", "key_value_widths", "separable", "stacks", "token_places", "vocabulary"]
+__all__ = ["Stack", "attentions", "companions", "key_value_widths", "separable", "stack_of", "stacks", "token_places", "vocabulary"]
 
 
 #: tables beside that of the tokens
 _OTHER = re.compile(r"posit|(^|\.)wpe$|type|segment", re.IGNORECASE)
+#: names of a block's argument for another stack's output
+_SECOND = re.compile(r"encoder|memory|cross|context", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -46,12 +50,18 @@ class Stack:
 
 def attentions(anatomy: Anatomy, index: int) -> list[str]:
     """Paths of the attention modules of a block, the self-attention first: the modules that hold the key projections."""
+    from trimtab.compat.attention import reachable
+
     found: dict[str, None] = {}
     for path, role in anatomy.roles.items():
         if anatomy.block_of(path) == index and role in ("attn.k", "attn.kv", "attn.qkv"):
             own = isinstance(anatomy.modules[path], nn.MultiheadAttention)
             found.setdefault(path if own else path.rpartition(".")[0])
-    return list(found)
+    if any(reachable(anatomy.modules[path]) for path in found):
+        return list(found)
+    # compressed keys and values (MLA) go through other projections; what compares them is found by its own code
+    inside = anatomy.blocks[index] + "."
+    return [path for path, module in anatomy.modules.items() if path.startswith(inside) and reachable(module)] or list(found)
 
 
 def separable(attention: nn.Module) -> bool:
@@ -70,21 +80,46 @@ def stacks(anatomy: Anatomy) -> list[Stack]:
         runs.setdefault(path.rpartition(".")[0], []).append(index)
     found = []
     for run in runs.values():
-        inside = attentions(anatomy, run[0])
-        body = causal_body(anatomy.modules, anatomy.blocks[run[0]], inside[0]) if inside else None
-        found.append(Stack(tuple(run), body, len(inside) > 1))
+        inside = [attentions(anatomy, index) for index in run]
+        first = anatomy.modules[anatomy.blocks[run[0]]]
+        crossed = len(runs) > 1 and any(len(paths) > 1 for paths in inside) and _reads_another(first)
+        own = list(dict.fromkeys(paths[0] for paths in inside if paths))
+        body = None if crossed else causal_body(anatomy.modules, anatomy.blocks[run[0]], own)
+        found.append(Stack(tuple(run), body, crossed))
     return found
+
+
+def _reads_another(block: nn.Module) -> bool:
+    """Whether a block takes a second sequence beside its own."""
+    wanted = [p for p in inspect.signature(inspect.unwrap(base_class(block).forward)).parameters.values() if p.name != "self"]
+    if any(_SECOND.search(p.name) for p in wanted):
+        return True
+    return sum(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in wanted) > 1
+
+
+def stack_of(anatomy: Anatomy, site: Site) -> Stack:
+    """The stack whose body or block ``site`` is."""
+    if site.role == "stack":
+        return next(stack for stack in stacks(anatomy) if site.path == stack.body)
+    return next(stack for stack in stacks(anatomy) if site.block in stack.blocks)
 
 
 def key_value_widths(attention: nn.Module) -> tuple[int, int]:
     """Widths of a token's key and value (all heads) in an attention module: ``(key, value)``."""
     if isinstance(attention, nn.MultiheadAttention):
         return attention.embed_dim, attention.embed_dim
-    roles = {qkv_role(name, child): child for name, child in attention._modules.items() if child is not None}
-    if "attn.k" in roles:
+    if (compressed := _compressed(attention)) is not None:
+        return compressed
+    roles = {qkv_role(name, child): child for name, child in attention._modules.items() if child is not None and is_matrix(child)}
+    if "attn.k" in roles and "attn.v" in roles:
         return sizes(roles["attn.k"])[0], sizes(roles["attn.v"])[0]
     if "attn.kv" in roles:
         return (sizes(roles["attn.kv"])[0] // 2,) * 2
+    if "attn.qkv" not in roles:
+        raise Unsupported(
+            f"no projections of keys and of values were found in {type(attention).__name__}, so that their widths are not known; "
+            "use PromptTuning, or leave its block out"
+        )
     fused = roles["attn.qkv"]
     out, fan_in = sizes(fused)
     # the output projection reads as many numbers as the queries have
@@ -108,6 +143,16 @@ def vocabulary(anatomy: Anatomy, site: Site) -> tuple[Callable[[Tensor], Tensor]
     return lambda ids: first_tokens(anatomy.modules, path, ids), fitting[path]
 
 
+def _compressed(attention: nn.Module) -> tuple[int, int] | None:
+    """The widths where keys and values are made of a compressed one (MLA): a head's key has a part of its own and a rotated one."""
+    heads, value = (getattr(attention, name, None) for name in ("num_heads", "v_head_dim"))
+    heads = heads if isinstance(heads, int) else getattr(attention, "num_attention_heads", None)
+    parts = [getattr(attention, name, None) for name in ("qk_nope_head_dim", "qk_rope_head_dim")]
+    if not all(isinstance(size, int) for size in (heads, value, *parts)):
+        return None
+    return heads * sum(parts), heads * value
+
+
 # -- places of token adapters
 
 
@@ -127,6 +172,8 @@ def token_places(name: str, entry: str, places: Sequence[Place], anatomy: Anatom
     found: dict[str, Place] = {}
     if entry == "model":
         return _entrances(name, places, anatomy)
+    if entry == "attention":
+        places = _with_attention(places, anatomy)
     for place in places:
         if place.path in anatomy.blocks:
             here = _block_place(name, entry, place, anatomy, problems)
@@ -142,6 +189,16 @@ def token_places(name: str, entry: str, places: Sequence[Place], anatomy: Anatom
             found.setdefault(here.path, here)
     raise_all(problems[:3])
     return list(found.values())
+
+
+def _with_attention(places: Sequence[Place], anatomy: Anatomy) -> Sequence[Place]:
+    """The places but for recurrent blocks beside those with attention: they have no keys to add to."""
+    from trimtab.compat.attention import reachable
+
+    inside = {p.path: attentions(anatomy, anatomy.blocks.index(p.path)) for p in places if p.path in anatomy.blocks}
+    real = {path for path, found in inside.items() if any(reachable(anatomy.modules[each]) for each in found)}
+    kept = real or {path for path, found in inside.items() if found}
+    return [p for p in places if p.path not in inside or p.path in kept] or places
 
 
 def _block_place(name: str, entry: str, place: Place, anatomy: Anatomy, problems: list[TrimtabError]) -> Place | None:
@@ -203,7 +260,7 @@ def companions(adapter: TokenAdapter, anatomy: Anatomy) -> list[tuple[str, str]]
         return []
     if entry == "block":
         return [(path, "listen") for path in attentions(anatomy, anatomy.blocks.index(site.path))[:1]]
-    stack = next(stack for stack in stacks(anatomy) if site.path == stack.body or site.block in stack.blocks)
+    stack = stack_of(anatomy, site)
     causal = site.role == "stack"
     following = stack.blocks if causal else stack.blocks[stack.blocks.index(site.block) :]
     found = [(path, "listen") for index in following for path in attentions(anatomy, index)[:1]]

@@ -5,7 +5,9 @@
 In a causal model P does not depend on x: its keys and values in every block come from one run of P alone, which serves all rows
 and all tokens that follow. With rotary positions P stands at -p to -1, so that the sequence keeps its own positions and the
 differences are those of a sequence with P written in front of it. A model with a table of positions gives P its first p rows,
-and the sequence keeps its own. In an encoder P looks at x: it is in the sequence inside the blocks, without a position.
+and the sequence keeps its own. In an encoder P looks at x: it is in the sequence inside the blocks, without a position. Where
+tokens see each other by other ways than keys and values (recurrences, convolutions), P is in the sequence itself, and in its cache.
+Which of them gives ``[P; x]`` is tried when P is attached; a model in which none does is refused (``trimtab.core.laws``).
 
 Source: arXiv 2104.08691, Sec. 2. Trainable: ``p width``. Saved for backward: in a causal model the run of P alone and p rows of
 keys and values a batch entry and block; else p more tokens.
