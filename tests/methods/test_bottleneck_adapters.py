@@ -217,10 +217,10 @@ def test_dropout_of_adaptformer_is_of_the_hidden_activation() -> None:
     shake(model)
     x = torch.randn(500, 8, dtype=D)
     hidden = F.relu(F.linear(x, a.down, a.down_bias))
-    got = torch.linalg.lstsq(a.up.detach(), (model(x) - F.linear(x, model[0].weight, model[0].bias) - a.up_bias).t()).solution.t()
+    got = torch.linalg.lstsq(a.up.detach(), (model(x) - F.linear(x, *model[0]._parameters.values()) - a.up_bias).t()).solution.t()
     ratio = (got / hidden)[hidden > 0.1]
     assert bool(((ratio.abs() < 1e-9) | ((ratio - 2).abs() < 1e-9)).all()) and 0.4 < (ratio > 1).double().mean() < 0.6
-    torch.testing.assert_close(model.eval()(x), F.linear(x, model[0].weight, model[0].bias) + network(a, x, F.relu))
+    torch.testing.assert_close(model.eval()(x), F.linear(x, *model[0]._parameters.values()) + network(a, x, F.relu))
 
 
 def test_the_wheat_start_and_its_count() -> None:
@@ -256,11 +256,11 @@ def test_linear_adapters_merge_exactly(position) -> None:
     model, x = nn.Sequential(nn.Linear(6, 4, dtype=D, bias=position == "after")), torch.randn(5, 6, dtype=D)
     (a,) = attached(model, tt.SeriesAdapter(bottleneck=2, act="none", bias=position == "after", position=position), targets="0")
     shake(model)
-    W, U, V = model[0].weight.detach(), a.up.detach(), a.down.detach()
+    W, U, V = model[0]._parameters["weight"].detach(), a.up.detach(), a.down.detach()
     want = W @ (torch.eye(6, dtype=D) + U @ V) if position == "before" else (torch.eye(4, dtype=D) + U @ V) @ W
     torch.testing.assert_close(tt.effective_weight(model, "0"), want)
     if position == "after":
-        b = model[0].bias.detach()
+        b = model[0]._parameters["bias"].detach()
         torch.testing.assert_close(tt.effective_weight(model, "0", tensor="bias"), b + U @ (V @ b + a.down_bias) + a.up_bias)
     y = model(x)
     tt.merge(model, "default")

@@ -54,8 +54,8 @@ def test_merged_weight_and_bias_are_the_formula(side, bias):
         assert side == "input" or model[0].bias is None or not model[0].bias.any()
     torch.testing.assert_close(model(x), want)
     tt.unmerge(model, "default")
-    assert torch.equal(model[0].weight, W)
-    assert (model[0].bias is None) is (not bias)
+    assert torch.equal(model[0]._parameters["weight"], W)
+    assert (model[0]._parameters["bias"] is None) is (not bias)
 
 
 def test_a_gain_before_a_convolution_is_refused():

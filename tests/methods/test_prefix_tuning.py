@@ -76,7 +76,7 @@ def test_prefix_is_a_gate_between_two_attentions() -> None:
 
 
 def _packed(attention: torch.nn.MultiheadAttention) -> tuple[torch.Tensor, torch.Tensor]:
-    return attention.in_proj_weight, attention.in_proj_bias
+    return attention._parameters["in_proj_weight"], attention._parameters["in_proj_bias"]  # the base's own
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
