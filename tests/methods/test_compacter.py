@@ -127,7 +127,7 @@ def test_linear_compacters_merge() -> None:
             p.add_(torch.randn_like(p))
     (a,) = adapters(model)
     down, up = matrices(a)
-    W = model[0].weight.detach()
+    W = model[0]._parameters["weight"].detach()
     torch.testing.assert_close(tt.effective_weight(model, "0"), W + up.t() @ down.t() @ W)
     y = model(x)
     tt.merge(model, "default")

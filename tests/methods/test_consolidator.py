@@ -47,12 +47,12 @@ def test_merges_within_the_papers_error():
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(48, 24)), torch.randn(20, 48)
     tt.attach(model, tt.Consolidator(groups=12, shuffle=True), targets="0")
-    adapted, base = model(x), model[0].weight.detach().clone()
+    adapted, base = model(x), model[0]._parameters["weight"].detach().clone()
     tt.merge(model, "default")
     assert (model(x) - adapted).abs().max() < 5e-6
-    assert int((model[0].weight != base).sum()) == 24 * 4
+    assert int((model[0]._parameters["weight"] != base).sum()) == 24 * 4
     tt.unmerge(model, "default")
-    assert torch.equal(model[0].weight, base)
+    assert torch.equal(model[0]._parameters["weight"], base)
 
 
 def test_starts_near_the_base():

@@ -178,7 +178,7 @@ def test_affine_merge(bias):
     want = model(x)
     tt.merge(model, "default")
     torch.testing.assert_close(model(x), want)
-    assert model[0].bias is not None
+    assert model[0]._parameters["bias"] is not None
     tt.unmerge(model, "default")
     tt.detach(model, "default")
     assert model.state_dict().keys() == before.keys() and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -189,7 +189,7 @@ def test_ten_steps_leave_the_base_alone(form, choose):
     """Oracle 11; and weight decay on the stored deviations pulls towards the base, not towards zero."""
     choose(form)
     model = nn.Sequential(layer(8, 12, dtype=torch.float32)).requires_grad_(False)
-    W = model[0].weight.clone()
+    W = model[0]._parameters["weight"].clone()
     tt.attach(model, HUT(rank=4), targets=["0"])
     optimizer = torch.optim.AdamW(tt.parameters(model), lr=1e-2, weight_decay=0.1)
     x, losses = torch.randn(64, 12), []
@@ -199,7 +199,7 @@ def test_ten_steps_leave_the_base_alone(form, choose):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < losses[0] and torch.equal(model[0].weight, W) and model[0].weight.grad is None
+    assert losses[-1] < losses[0] and torch.equal(model[0]._parameters["weight"], W) and model[0]._parameters["weight"].grad is None
     tt.detach(model, "default")
     tt.attach(model, HUT(rank=4), targets=["0"])
     still = torch.optim.AdamW(tt.parameters(model), lr=1e-2, weight_decay=0.1)

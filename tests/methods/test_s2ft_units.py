@@ -227,7 +227,7 @@ def test_fused_adapter_does_what_its_parts_do_together(tmp_path):
         moved(model, name, seed)
     fuse(model, ["one", "two"], into="both", weights=[1.0, -0.5])
     tt.activate(model, "both")
-    W = model.model.layers[0].mlp.down_proj.weight
+    W = model.model.layers[0].mlp.down_proj._parameters["weight"]
     parts = [tt.effective_weight(model, "model.layers.0.mlp.down_proj", name=name) - W for name in ("one", "two")]
     got = tt.effective_weight(model, "model.layers.0.mlp.down_proj", name="both") - W
     torch.testing.assert_close(got, parts[0] - 0.5 * parts[1])

@@ -189,7 +189,7 @@ def test_a_step_of_the_table_is_a_step_of_the_shared_weights(tmp_path):
     assert all(len(W[row][codes[row] == c].unique()) <= 1 for row in range(16) for c in range(4))
     tt.save(model, tmp_path / "a")
     fresh = nn.Sequential(nn.Linear(32, 16))
-    fresh.load_state_dict({"0.weight": model[0].weight, "0.bias": model[0].bias})
+    fresh.load_state_dict({"0.weight": model[0]._parameters["weight"], "0.bias": model[0].bias})
     tt.load(fresh, tmp_path / "a")
     torch.testing.assert_close(fresh(x), model(x), rtol=0, atol=0)
 

@@ -194,14 +194,14 @@ def test_tiles_do_not_change_the_result(monkeypatch):
 def test_merge_equals_the_live_adapter_and_unmerge_restores():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(24, 40))
-    before = model[0].weight.detach().clone()
+    before = model[0]._parameters["weight"].detach().clone()
     tt.attach(model, tt.SNELL(rank=8, sparsity=0.0), targets=["0"])
     x = torch.randn(6, 24)
     live = model(x)
     tt.merge(model, "default")
     torch.testing.assert_close(model(x), live, atol=1e-6, rtol=0)
     tt.unmerge(model, "default")
-    assert torch.equal(model[0].weight, before)
+    assert torch.equal(model[0]._parameters["weight"], before)
 
 
 def test_counts_of_vit_b():

@@ -188,7 +188,7 @@ def test_starts_at_the_base_merges_and_comes_back():
     tt.merge(model, "default")
     assert (model(x) - adapted).abs().max() < 1e-5
     tt.unmerge(model, "default")
-    assert torch.equal(model[0].weight, net(torch.float32)[0].weight)
+    assert torch.equal(model[0]._parameters["weight"], net(torch.float32)[0].weight)
     assert all((a.factors() is not None) == (a.b is not None) for a in found.values())
 
 

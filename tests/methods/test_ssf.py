@@ -24,14 +24,14 @@ def set_to(model: nn.Module, gamma: list[float], beta: list[float]) -> None:
 def test_the_worked_example():
     model = nn.Sequential(nn.Linear(2, 2)).to(D)
     with torch.no_grad():
-        model[0].weight.copy_(torch.tensor([[1.0, 2], [3, 4]]))
-        model[0].bias.copy_(torch.tensor([1.0, -1]))
+        model[0]._parameters["weight"].copy_(torch.tensor([[1.0, 2], [3, 4]]))
+        model[0]._parameters["bias"].copy_(torch.tensor([1.0, -1]))
     tt.attach(model, tt.SSF(), targets=["0"], dtype=D)
     set_to(model, [2.0, 0.5], [0.1, 0.2])
     torch.testing.assert_close(tt.effective_weight(model, "0", tensor="bias"), torch.tensor([2.1, -0.3], dtype=D))
     tt.merge(model, "default")
-    torch.testing.assert_close(model[0].weight.detach(), torch.tensor([[2.0, 4], [1.5, 2]], dtype=D))
-    torch.testing.assert_close(model[0].bias.detach(), torch.tensor([2.1, -0.3], dtype=D))
+    torch.testing.assert_close(model[0]._parameters["weight"].detach(), torch.tensor([[2.0, 4], [1.5, 2]], dtype=D))
+    torch.testing.assert_close(model[0]._parameters["bias"].detach(), torch.tensor([2.1, -0.3], dtype=D))
 
 
 def test_counts_of_vit_b():
@@ -57,10 +57,10 @@ def test_scale_and_shift_of_every_kind(layer):
     want = (found["gamma"] * start + found["beta"]).movedim(-1, channel)
     torch.testing.assert_close(model(x), want)
     tt.merge(model, "default")
-    assert model[0].bias is not None
+    assert model[0]._parameters["bias"] is not None
     torch.testing.assert_close(model(x), want)
     tt.unmerge(model, "default")
-    assert (model[0].bias is not None) is had_bias
+    assert (model[0]._parameters["bias"] is not None) is had_bias
     tt.detach(model, "default")
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 

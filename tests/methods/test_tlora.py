@@ -157,7 +157,7 @@ def test_a_collapsed_adapter_saves_and_loads(tmp_path):
     adapter.collapse()
     tt.save(model, tmp_path)
     fresh = nn.Sequential(nn.Linear(16, 12, dtype=D))
-    fresh.load_state_dict({"0.weight": W, "0.bias": model[0].bias})
+    fresh.load_state_dict({"0.weight": W, "0.bias": model[0]._parameters["bias"]})
     tt.load(fresh, tmp_path)
     x = torch.randn(5, 16, dtype=D)
     torch.testing.assert_close(fresh(x), model(x))
@@ -245,15 +245,15 @@ def test_merge_and_unmerge_even_if_the_transform_is_singular():
     assert torch.linalg.cond(T) < 1e3
     torch.testing.assert_close(torch.linalg.solve(T.t(), (merged - delta).t()).t(), W)
     tt.merge(model, "default")
-    torch.testing.assert_close(model[0].weight, merged)
+    torch.testing.assert_close(model[0]._parameters["weight"], merged)
     torch.testing.assert_close(model(x), before)
     tt.unmerge(model, "default")
-    assert torch.equal(model[0].weight, W)
+    assert torch.equal(model[0]._parameters["weight"], W)
     with torch.no_grad():
         adapter.t[0].zero_()
     tt.merge(model, "default")
     tt.unmerge(model, "default")
-    assert torch.equal(model[0].weight, W)
+    assert torch.equal(model[0]._parameters["weight"], W)
 
 
 @pytest.mark.parametrize("config", [c for c in CONFIGS if c.get("transform_rank") != 0], ids=str)
@@ -331,7 +331,7 @@ def test_shapes_survive_a_manifest(tmp_path):
     model, _, W = adapted(tt.TLoRA(rank=2, residual="ttv", shapes=((2, 8), (3, 4))))
     tt.save(model, tmp_path)
     fresh = nn.Sequential(nn.Linear(16, 12, dtype=D))
-    fresh.load_state_dict({"0.weight": W, "0.bias": model[0].bias})
+    fresh.load_state_dict({"0.weight": W, "0.bias": model[0]._parameters["bias"]})
     tt.load(fresh, tmp_path)
     adapter = next(m for m in fresh.modules() if isinstance(m, TLoRAAdapter))
     assert adapter.config == tt.TLoRA(rank=2, residual="ttv", shapes=[[2, 8], [3, 4]])

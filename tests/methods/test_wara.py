@@ -145,12 +145,12 @@ def test_merging_keeps_the_output(name):
         for p in tt.parameters(model):
             p.add_(0.3 * torch.randn_like(p))
     x = torch.randn(9, 16)
-    before, W = model(x), model[0].weight.clone()
+    before, W = model(x), model[0]._parameters["weight"].clone()
     tt.merge(model, "default")
-    assert not torch.equal(model[0].weight, W)
+    assert not torch.equal(model[0]._parameters["weight"], W)
     torch.testing.assert_close(model(x), before, atol=1e-5, rtol=1e-5)
     tt.unmerge(model, "default")
-    assert torch.equal(model[0].weight, W)
+    assert torch.equal(model[0]._parameters["weight"], W)
 
 
 @pytest.mark.parametrize("name", WAVELETS)
@@ -201,7 +201,7 @@ def test_pointwise_convolution():
             p.add_(torch.randn_like(p))
     x = torch.randn(2, 8, 5, 5, dtype=D)
     dense = tt.effective_weight(model, "0").to(D)
-    torch.testing.assert_close(model(x), nn.functional.conv2d(x, dense.view(12, 8, 1, 1), model[0].bias), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(model(x), nn.functional.conv2d(x, dense.view(12, 8, 1, 1), model[0]._parameters["bias"]), atol=1e-6, rtol=1e-6)
 
 
 def test_counts():

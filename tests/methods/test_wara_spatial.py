@@ -36,7 +36,7 @@ def gates(adapter: nn.Module, *values: float) -> None:
 
 
 def change(model: nn.Module, x: Tensor) -> Tensor:
-    return model(x) - F.linear(x, model[0].weight, model[0].bias)
+    return model(x) - F.linear(x, model[0]._parameters["weight"], model[0]._parameters["bias"])
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 5])
@@ -100,7 +100,7 @@ def test_start_and_first_gradients(config):
     model, adapter = attached(config, moved=False)
     x = torch.randn(2, 197, 16, dtype=D)
     y = model(x)
-    assert torch.equal(y, F.linear(x, model[0].weight, model[0].bias))
+    assert torch.equal(y, F.linear(x, model[0]._parameters["weight"], model[0]._parameters["bias"]))
     y.square().sum().backward()
     late = adapter.core if isinstance(config, TinyWaRA) else adapter.b
     assert torch.count_nonzero(late.grad) == late.numel()
@@ -110,7 +110,7 @@ def test_start_and_first_gradients(config):
 
 def test_tiny_wara_learns_between_singular_vectors():
     model, adapter = attached(TinyWaRA(rank=3, grid=(4, 4), prefix=0))
-    U, S, Vh = torch.linalg.svd(model[0].weight.detach())
+    U, S, Vh = torch.linalg.svd(model[0]._parameters["weight"].detach())
     x = torch.randn(2, 16, 16, dtype=D)
     with torch.no_grad():
         adapter.core.copy_(torch.eye(3, dtype=D))
