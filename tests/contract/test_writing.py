@@ -29,7 +29,8 @@ def hooked(model: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
     def hook(module: nn.Module, args: tuple, y: object) -> object:
         return change(y.contiguous()) if isinstance(y, Tensor) else (change(y[0].contiguous()), *y[1:])
 
-    for module in {id(m): m for m in model.__dict__["_trimtab_state"].hosts.values()}.values():
+    adapters = [a for group in model.__dict__["_trimtab_state"].groups.values() for a in group.adapters]
+    for module in {id(a.site.module): a.site.module for a in adapters}.values():
         module.register_forward_hook(hook)
 
 

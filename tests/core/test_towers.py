@@ -89,7 +89,7 @@ def test_a_tower_is_named_by_its_path_or_parts_of_it() -> None:
         ({"block": [0]}, r"'block' means 2 towers"),
         ({"encoder": [2]}, r"valid: 0 to 1 in encoder\.block"),
         ({}, "names no tower"),
-        (0, r"numbers of blocks, as in layers=\[0, 1\]"),
+        ("0", r"numbers of blocks, as in layers=\[0, 1\]"),
         ("01", "numbers of blocks"),
         ([0.5], "numbers of blocks"),
         ([True], "numbers of blocks"),

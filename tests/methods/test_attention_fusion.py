@@ -169,7 +169,11 @@ def test_keeps_the_output_alone_whatever_it_mixes() -> None:
         assert saved.total == 64 * 32 * 4
 
 
-@pytest.mark.parametrize("adapters", [("a", "a"), ["a"], ("",), (1,)])
-def test_bad_names(adapters) -> None:
-    with pytest.raises(tt.ShapeMismatch, match="tuple of different names"):
+@pytest.mark.parametrize(
+    ("adapters", "message"),
+    [(("a", "a"), "tuple of different names"), (("",), "tuple of different names"), ((1,), "each entry a text")],
+)
+def test_bad_names(adapters, message) -> None:
+    with pytest.raises(tt.ShapeMismatch, match=message):
         tt.AttentionFusion(adapters=adapters)
+    assert tt.AttentionFusion(adapters=["a"]).adapters == ("a",)  # as a YAML file has it

@@ -201,7 +201,8 @@ def test_pointwise_convolution():
             p.add_(torch.randn_like(p))
     x = torch.randn(2, 8, 5, 5, dtype=D)
     dense = tt.effective_weight(model, "0").to(D)
-    torch.testing.assert_close(model(x), nn.functional.conv2d(x, dense.view(12, 8, 1, 1), model[0]._parameters["bias"]), atol=1e-6, rtol=1e-6)
+    want = nn.functional.conv2d(x, dense.view(12, 8, 1, 1), model[0]._parameters["bias"])
+    torch.testing.assert_close(model(x), want, atol=1e-6, rtol=1e-6)
 
 
 def test_counts():

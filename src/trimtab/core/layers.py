@@ -63,10 +63,10 @@ def _by_name(anatomy: Anatomy, layers: Mapping[str, Sequence[int]]) -> set[int]:
     return found
 
 
-def _indices(given: Sequence[int]) -> list[int]:
+def _indices(given: int | Sequence[int]) -> list[int]:
     many = isinstance(given, Iterable) and not isinstance(given, str | bytes)
     indices = list(given) if many else [given]
-    if not many or any(isinstance(i, bool) or not isinstance(i, int) for i in indices):
+    if any(isinstance(i, bool) or not isinstance(i, int) for i in indices):
         raise NoMatch(f"layers are numbers of blocks, as in layers=[0, 1], or tower -> numbers, found {given!r}")
     return sorted(set(indices))
 
